@@ -1,0 +1,43 @@
+# What a fresh Linux machine needs: make, Python 3.11 or later, a C++ compiler.
+#   make demo [SEED=1] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
+#   make setup                       the environment alone                make test-slow   the slow ones
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint clean
+
+# The first Python that is new enough; `make PYTHON=/path/to/python3.12 …` chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+RUN := .venv/bin/python
+
+help:
+	@sed -n '1,3s/^# *//p' Makefile
+
+setup:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "✗ Python 3.11 or later is needed, found $$(python3 --version 2>&1 | tail -n 1): install one, or say make PYTHON=/path/to/python3"; \
+		exit 2; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "✗ Python 3.11 or later is needed, $(PYTHON) is $$("$(PYTHON)" --version 2>&1 | tail -n 1): say make PYTHON=/path/to/python3"; \
+		exit 2; }
+	@"$(PYTHON)" requirements/build_venv.py
+
+demo: setup
+	@$(RUN) elenchus.py demo $(if $(SEED),--seed '$(SEED)') $(if $(NAME),--name '$(NAME)')
+
+test: setup
+	@$(RUN) -m pytest -m "not slow"
+
+test-slow: setup
+	@$(RUN) -m pytest -m slow
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+# Leaves runs/ alone: they are yours.
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build elenchus.egg-info
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

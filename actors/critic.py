@@ -1,0 +1,79 @@
+"""Owns the critic: a critique and a verdict for every response, from the critic's own model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+from pydantic import Field
+
+from actors.engine import Completion, GenerationRequest
+from actors.records import Critique, Query, Response, lineage_id
+from actors.rubrics import Rubric
+from cluster.config import Config
+from cluster.pool import Pool
+
+
+class CriticConfig(Config):
+    """How the critic is asked."""
+
+    max_tokens: int = Field(default=96, gt=0)
+    """Longest critique, in tokens."""
+    num_critiques: int = Field(default=1, ge=1)
+    """Critiques per response (K); their P(good) is averaged. The first is greedy."""
+    temperature: float = Field(default=0.7, gt=0.0)
+    """Sampling temperature of the critiques after the first."""
+
+
+class Critic:
+    """Writes critiques."""
+
+    def __init__(
+        self,
+        pool: Pool[GenerationRequest, Completion],
+        *,
+        rubric: Rubric,
+        config: CriticConfig,
+        run: str,
+        seed: int,
+    ) -> None:
+        self._pool = pool
+        self._rubric = rubric
+        self._config = config
+        self._run = run
+        self._seed = seed
+
+    async def judge(
+        self, items: Sequence[tuple[Query, Response]], *, known: Iterable[str] = ()
+    ) -> AsyncIterator[list[Critique]]:
+        """Yield the critiques of responses as they are finished; ids in `known` are there already."""
+        have = set(known)
+        asked: dict[str, tuple[Query, Response]] = {}
+        requests = []
+        for query, response in items:
+            messages = self._rubric.render(query, response)
+            for k in range(self._config.num_critiques):
+                critique_id = lineage_id(
+                    self._run,
+                    iteration=query.iteration,
+                    stage="critiques",
+                    parents=[response.response_id],
+                    sample_index=k,
+                )
+                if critique_id in have:
+                    continue
+                asked[critique_id] = (query, response)
+                requests.append(
+                    GenerationRequest(
+                        request_id=critique_id,
+                        messages=messages,
+                        max_tokens=self._config.max_tokens,
+                        temperature=0.0 if k == 0 else self._config.temperature,
+                        seed=None if k == 0 else (int(critique_id[:12], 16) + self._seed) % (1 << 48),
+                        labels=self._rubric.labels,
+                    )
+                )
+        async for chunk in self._pool.route(requests):
+            yield [
+                self._rubric.parse(completion.request_id, *asked[completion.request_id], completion)
+                for completion in chunk
+            ]

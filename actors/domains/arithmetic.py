@@ -1,0 +1,319 @@
+"""Addition and subtraction with written-out columns: a world small enough to learn from nothing on a laptop.
+
+A query is `347+586`. An answer works from the last column to the first and then states the result:
+
+    7+6+0=13 4+8+1=13 3+5+1=09 933
+
+A column `x op y op c = kd` names both digits, the carry (or borrow) taken in, the carry given out `k` and the digit
+`d`; in a subtraction `7-9-0=18` says: borrow one, the digit is 8. A critique quotes each part of the answer, works it out again from
+the query beside the quote, and marks it; it stops at the first flaw, and ends with a label:
+
+    7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13nF
+
+Cells are operation x digits x carries. Four-digit problems are the out-of-distribution family. A *carry* count is a
+property of the query, not of any answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from actors.domains import Checker, Demonstration, Domain, Problem, Role
+from actors.records import Message, Split
+from cluster.config import Config as BaseConfig
+
+QUERY = re.compile(r"(\d{1,6})([+-])(\d{1,6})")
+ANSWER = re.compile(r"(\d[+-]\d[+-]\d=\d\d )+\d+")
+FLAWS = ("carry_in", "carry_in", "left_digit", "right_digit", "column", "digit", "digit", "carry_out", "result")
+"""Kinds of planted flaws; a kind that stands twice is drawn twice as often."""
+
+
+class Config(BaseConfig):
+    """Settings of the arithmetic domain."""
+
+    digits: tuple[int, ...] = (2, 3)
+    """Numbers of digits in scope; both operands have the same."""
+    out_of_distribution_digits: tuple[int, ...] = (4,)
+    """Numbers of digits that no role sees before evaluation."""
+    hard_share: float = Field(default=0.12, ge=0.0, le=1.0)
+    """Share of the learner's demonstrations drawn from all cells; the others come from the easy ones."""
+    flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
+    """Share of the critic's demonstrations whose answer carries a planted flaw."""
+
+
+def canonical_form(left: int, op: str, right: int) -> str:
+    """Return the problem with its operands sorted where the operation commutes."""
+    if op == "+":
+        left, right = min(left, right), max(left, right)
+    return f"{left}{op}{right}"
+
+
+def split_of(canonical: str) -> Split:
+    """Return the split of a canonical problem: 80 % train, 10 % probe, 10 % sealed, by its hash."""
+    bucket = int.from_bytes(hashlib.sha256(f"arithmetic/{canonical}".encode()).digest()[:8], "big") % 10
+    return Split.SEALED if bucket == 9 else Split.PROBE if bucket == 8 else Split.TRAIN
+
+
+def count_carries(left: int, op: str, right: int) -> int:
+    """Return in how many columns a carry (or a borrow) arises.
+
+    >>> count_carries(347, "+", 586)
+    2
+    """
+    carry = count = 0
+    while left or right:
+        column = left % 10 + right % 10 + carry if op == "+" else left % 10 - right % 10 - carry
+        carry = int(column > 9 or column < 0)
+        count += carry
+        left, right = left // 10, right // 10
+    return count
+
+
+def write_answer(left: int, op: str, right: int) -> str:
+    """Return the written-out answer.
+
+    >>> write_answer(47, "+", 86)
+    '7+6+0=13 4+8+1=13 133'
+    >>> write_answer(52, "-", 19)
+    '2-9-0=13 5-1-1=03 33'
+    """
+    return _write(left, op, right, flaw=None, at=0, rng=random.Random(0))
+
+
+def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -> str:
+    """Return an answer into which a flaw of one of the kinds FLAWS was planted and carried through.
+
+    The plant can miss (two equal columns exchanged, say): the result may then be flawless, as a critique will say.
+    """
+    return _write(left, op, right, flaw=rng.choice(FLAWS), at=rng.randrange(len(str(left))), rng=rng)
+
+
+def write_critique(left: int, op: str, right: int, answer: str) -> str:
+    """Return the critique of an answer with as many parts as the right one: quote, recompute, mark, up to the first flaw.
+
+    >>> write_critique(47, "+", 86, "7+6+0=13 4+8+0=12 123")
+    '7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13nF'
+    """
+    text = ""
+    for quote, mine in zip(answer.split(" "), write_answer(left, op, right).split(" "), strict=True):
+        text += f"{quote}?{mine}"
+        if quote != mine:
+            return text + "nF"
+        text += "y"
+    return text + "P"
+
+
+class Arithmetic:
+    """Addition and subtraction of equally long numbers."""
+
+    name = "arithmetic"
+    facet_names = ("operation", "digits", "carries")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the declared cells: additions with 0..d carries, subtractions with 0..d-1 borrows."""
+        return _cells(self._config.digits)
+
+    def out_of_distribution_cells(self) -> list[tuple[str, ...]]:
+        """Return the cells of the families that are absent from training."""
+        return _cells(self._config.out_of_distribution_digits)
+
+    def parse(self, text: str) -> Problem | None:
+        """Return the problem a text poses, or None when it poses none."""
+        match = QUERY.fullmatch(text)
+        if match is None:
+            return None
+        left, op, right = int(match[1]), match[2], int(match[3])
+        if str(left) != match[1] or str(right) != match[3] or len(match[1]) != len(match[3]):
+            return None
+        if op == "-" and left < right:
+            return None
+        canonical = canonical_form(left, op, right)
+        return Problem(
+            text=text,
+            canonical=canonical,
+            facets=(op, str(len(match[1])), str(count_carries(left, op, right))),
+            split=split_of(canonical),
+            in_scope=len(match[1]) in self._config.digits,
+        )
+
+    def seeds(self, cell: tuple[str, ...], *, split: str, num: int, seed: int) -> list[Problem]:
+        """Return `num` distinct problems of a cell and split, the same for the same seed.
+
+        Raises:
+            ValueError: the cell holds fewer than `num` problems of the split.
+        """
+        rng = random.Random(f"{seed}/{split}/{'/'.join(cell)}")
+        found: dict[str, Problem] = {}
+        for _ in range(400 * num + 20_000):
+            if len(found) == num:
+                break
+            left, op, right = _draw(cell, rng)
+            problem = self.parse(f"{left}{op}{right}")
+            if problem is not None and problem.facets == cell and problem.split == split:
+                found.setdefault(problem.canonical, problem)
+        if len(found) < num:
+            raise ValueError(
+                f"evaluation: cell {'/'.join(cell)} holds {len(found)} {split} problems, wanted {num}; ask for fewer per cell"
+            )
+        return list(found.values())
+
+    def attack_messages(self, cell: tuple[str, ...]) -> tuple[Message, ...]:
+        """Return the prompt that asks the attacker for a query of a cell."""
+        return (Message(role="system", content=Role.ATTACKER), Message(role="user", content="".join(cell)))
+
+    def learner_messages(self, text: str) -> tuple[Message, ...]:
+        """Return the prompt that puts a query to the learner."""
+        return (Message(role="user", content=text),)
+
+    def well_formed(self, query: str, response: str) -> bool:
+        """Return whether a response is one column per digit, then a number."""
+        problem = self.parse(query)
+        return (
+            problem is not None
+            and ANSWER.fullmatch(response) is not None
+            and response.count(" ") == int(problem.facets[1])
+        )
+
+    def demonstrations(self, role: Role, *, rng: random.Random, num: int) -> list[Demonstration]:
+        """Return examples of a role's behaviour, from train problems in scope only."""
+        write = {
+            Role.ATTACKER: self._attacker_demonstration,
+            Role.LEARNER: self._learner_demonstration,
+            Role.CRITIC: self._critic_demonstration,
+        }[role]
+        return [write(rng) for _ in range(num)]
+
+    def critic_messages(self, query: str, response: str) -> tuple[Message, ...]:
+        """Return the prompt that puts a query and a response to the critic."""
+        return (Message(role="system", content=Role.CRITIC), Message(role="user", content=f"{query}\n{response}"))
+
+    def _train_problem(self, cell: tuple[str, ...], rng: random.Random) -> tuple[int, str, int]:
+        while True:
+            left, op, right = _draw(cell, rng)
+            problem = self.parse(f"{left}{op}{right}")
+            if problem is not None and problem.facets == cell and problem.split == Split.TRAIN:
+                return left, op, right
+
+    def _attacker_demonstration(self, rng: random.Random) -> Demonstration:
+        cell = rng.choice(self.cells())
+        left, op, right = self._train_problem(cell, rng)
+        return Demonstration(role=Role.ATTACKER, messages=self.attack_messages(cell), response=f"{left}{op}{right}")
+
+    def _learner_demonstration(self, rng: random.Random) -> Demonstration:
+        easy = [cell for cell in self.cells() if cell[1] == "2" or cell[2] == "0"]
+        cell = rng.choice(self.cells() if rng.random() < self._config.hard_share else easy)
+        left, op, right = self._train_problem(cell, rng)
+        return Demonstration(
+            role=Role.LEARNER,
+            messages=self.learner_messages(f"{left}{op}{right}"),
+            response=write_answer(left, op, right),
+        )
+
+    def _critic_demonstration(self, rng: random.Random) -> Demonstration:
+        left, op, right = self._train_problem(rng.choice(self.cells()), rng)
+        flawed = rng.random() < self._config.flawed_share
+        answer = write_flawed_answer(left, op, right, rng=rng) if flawed else write_answer(left, op, right)
+        return Demonstration(
+            role=Role.CRITIC,
+            messages=self.critic_messages(f"{left}{op}{right}", answer),
+            response=write_critique(left, op, right, answer),
+        )
+
+
+class ArithmeticChecker:
+    """Truth for arithmetic: the last number of an answer."""
+
+    def correct(self, query: str, response: str) -> bool:
+        """Return whether the last word of a response is the right number."""
+        match = QUERY.fullmatch(query)
+        assert match is not None, f"the checker was asked about {query!r}, which is no arithmetic query"
+        left, right = int(match[1]), int(match[3])
+        wanted = left + right if match[2] == "+" else left - right
+        result = response.rsplit(" ", 1)[-1]
+        return result.isascii() and result.isdigit() and int(result) == wanted
+
+    def difficulty(self, query: str) -> float:
+        """Return the number of columns plus the number of carries."""
+        match = QUERY.fullmatch(query)
+        assert match is not None, f"the checker was asked about {query!r}, which is no arithmetic query"
+        return len(match[1]) + count_carries(int(match[1]), match[2], int(match[3]))
+
+
+def make_domain(config: Config) -> Domain:
+    """Return the domain with its settings."""
+    return Arithmetic(config)
+
+
+def make_checker(config: Config) -> Checker:
+    """Return the domain's truth."""
+    return ArithmeticChecker()
+
+
+def _cells(digits: tuple[int, ...]) -> list[tuple[str, ...]]:
+    return [(op, str(d), str(k)) for d in digits for op in ("+", "-") for k in range(d + 1 if op == "+" else d)]
+
+
+def _draw(cell: tuple[str, ...], rng: random.Random) -> tuple[int, str, int]:
+    """Return operands of a cell, digit by digit so that rare carry counts cost no more than common ones."""
+    op, digits, carries = cell[0], int(cell[1]), int(cell[2])
+    columns = range(digits) if op == "+" else range(digits - 1)
+    carrying = set(rng.sample(columns, min(carries, len(columns))))
+    left, right, carry = "", "", 0
+    for column in range(digits):
+        pairs = list(_column_pairs(op, carry, carries=column in carrying, leading=column == digits - 1))
+        if not pairs:
+            return _draw(cell, rng)
+        x, y = rng.choice(pairs)
+        left, right, carry = f"{x}{left}", f"{y}{right}", int(column in carrying)
+    return int(left), op, int(right)
+
+
+def _column_pairs(op: str, carry: int, *, carries: bool, leading: bool) -> Iterator[tuple[int, int]]:
+    low = 1 if leading else 0
+    for x in range(low, 10):
+        for y in range(low, 10):
+            column = x + y + carry if op == "+" else x - y - carry
+            if (column > 9 or column < 0) == carries:
+                yield x, y
+
+
+def _write(left: int, op: str, right: int, *, flaw: str | None, at: int, rng: random.Random) -> str:
+    xs, ys = [int(c) for c in reversed(str(left))], [int(c) for c in reversed(str(right))]
+    ys += [0] * (len(xs) - len(ys))
+    carry, parts, digits = 0, [], []
+    for column, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        planted = flaw if column == at else None
+        if planted == "carry_in":
+            carry = 1 - carry
+        elif planted == "left_digit":
+            x = _other_digit(x, rng)
+        elif planted == "right_digit":
+            y = _other_digit(y, rng)
+        elif planted == "column":
+            x, y = rng.choice(xs), rng.choice(ys)
+        total = x + y + carry if op == "+" else x - y - carry
+        out, digit = (total // 10, total % 10) if op == "+" else (int(total < 0), total % 10)
+        if planted == "digit":
+            digit = (digit + rng.choice((1, 9, 1, 9, 2, 8, 3, 5, 7))) % 10
+        elif planted == "carry_out":
+            out = 1 - out
+        parts.append(f"{x}{op}{y}{op}{carry}={out}{digit}")
+        digits.append(digit)
+        carry = out
+    if op == "+":
+        digits.append(carry)
+    if flaw == "result":
+        digits[at] = _other_digit(digits[at], rng)
+    return " ".join([*parts, str(int("".join(str(d) for d in reversed(digits))))])
+
+
+def _other_digit(digit: int, rng: random.Random) -> int:
+    return rng.choice([d for d in range(10) if d != digit])

@@ -1,0 +1,312 @@
+"""Owns the records that cross between parts: frozen dataclasses, and the Arrow tables derived from them.
+
+Knows nothing of Ray, of engines or of how a record is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+import pyarrow as pa
+
+R = typing.TypeVar("R")
+
+
+class Split(StrEnum):
+    """Where a canonical problem belongs, fixed by its hash before any data exists (docs: splits)."""
+
+    TRAIN = "train"
+    PROBE = "probe"
+    SEALED = "sealed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What the attacker asks of the learner."""
+
+    query_id: str
+    messages: tuple[Message, ...]
+    domain: str
+    facets: tuple[str, ...]
+    """The taxonomy cell, one value per declared axis; e.g. ("+", "3", "2")."""
+    canonical: str
+    """The canonical problem: equal for two queries that ask the same thing."""
+    attack: str
+    parent_id: str | None
+    iteration: int
+    attacker_version: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """One text that the attacker's model wrote, and what became of it; an accepted one has a Query."""
+
+    proposal_id: str
+    iteration: int
+    sample_index: int
+    """Position in the iteration's sequence of proposals, from 0."""
+    text: str
+    target: tuple[str, ...]
+    """The cell that the attack asked for."""
+    outcome: str
+    """"accepted", "invalid", "out_of_scope", "wrong_split", "repeated" or "surplus"."""
+    query_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One sampled answer of the learner."""
+
+    response_id: str
+    query_id: str
+    sample_index: int
+    text: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """Sampled tokens, end-of-sequence included."""
+    logprobs: tuple[float, ...]
+    """Nats per sampled token, of the sampling distribution."""
+    policy_version: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issue:
+    """A flaw that a critique points at; `quote` equals response[start:end] (half-open character offsets)."""
+
+    start: int
+    end: int
+    quote: str
+    severity: int
+    category: str
+    explanation: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Critique:
+    """What the critic wrote about one response (METHODS C-SCHEMA)."""
+
+    critique_id: str
+    query_id: str
+    response_ids: tuple[str, ...]
+    mode: str
+    text: str
+    issues: tuple[Issue, ...]
+    verdict: str | None
+    """"pass" or "fail"; None when the critique could not be parsed (then it is missing, never a low score)."""
+    score: float | None
+    """P(good) in [0, 1]: the product of P(correct) over the step marks and the final label; None when missing."""
+    label_logprobs: tuple[float, ...]
+    """log P(correct) in nats at each mark, the final label last."""
+    order: str
+    critic_version: str
+    parse_ok: bool
+    num_dropped_issues: int
+    cost_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What critiques and experts add up to for one response."""
+
+    verdict_id: str
+    query_id: str
+    response_id: str
+    label: str | None
+    """"pass", "fail", or None when unjudged."""
+    score: float | None
+    confidence: float | None
+    """max(P(good), 1 - P(good)); 1.0 for an expert's label; None when unjudged."""
+    source: str
+    """"critic" or "expert"; "checker" only under the gold regime."""
+    escalated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """A chosen and a rejected response to one prompt."""
+
+    pair_id: str
+    query_id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+    margin: float
+    """P(good) of the chosen minus that of the rejected."""
+    weight: float
+    noise: float
+    """Assumed probability that the preference is flipped."""
+    source: str
+    chosen_id: str
+    rejected_id: str
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationAnswer:
+    """One greedy answer to a problem of an evaluation set, judged by truth; never seen by any stage of learning."""
+
+    answer_id: str
+    set_name: str
+    """"sealed", "probe", "out_of_distribution" or "attack_set"."""
+    iteration: int
+    item: int
+    query: str
+    facets: tuple[str, ...]
+    text: str
+    correct: bool
+    well_formed: bool
+    policy_version: str
+
+
+class LabelKind(StrEnum):
+    """What an expert labelled."""
+
+    RESPONSE = "response"
+    PAIR = "pair"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLabel:
+    """One decision of a human (or simulated) expert."""
+
+    item_id: str
+    kind: str
+    label: str | None
+    """"pass"/"fail" for a response, "A"/"B"/"tie" for a pair; None when the expert abstained."""
+    expert: str
+    seconds: float
+    time: float
+    """Unix seconds."""
+    comment: str
+
+
+def lineage_id(
+    run: str,
+    *,
+    iteration: int,
+    stage: str,
+    parents: Sequence[str] = (),
+    sample_index: int = 0,
+    order: int = 0,
+) -> str:
+    """Return the id of a record from where it comes from, never from what it says.
+
+    A replay of the same stage makes the same ids, so the first journaled result wins.
+
+    >>> lineage_id("demo", iteration=1, stage="query") == lineage_id("demo", iteration=1, stage="query")
+    True
+    """
+    parts = "\x1f".join([run, str(iteration), stage, *parents, str(sample_index), str(order)])
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def arrow_type(annotation: object) -> tuple[pa.DataType, bool]:
+    """Return the Arrow type of a field annotation and whether it admits None."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        members = [a for a in typing.get_args(annotation) if a is not type(None)]
+        assert len(members) == 1, f"a record field holds one type or None, got {annotation}"
+        return arrow_type(members[0])[0], True
+    if origin is tuple:
+        item, _ = typing.get_args(annotation)
+        inner, nullable = arrow_type(item)
+        return pa.list_(pa.field("item", inner, nullable=nullable)), False
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return pa.struct(list(schema_of(annotation))), False
+    plain: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    assert annotation in plain, f"no Arrow type for {annotation}"
+    return plain[annotation], False
+
+
+@cache
+def schema_of(record_type: type) -> pa.Schema:
+    """Return the Arrow schema of a record type; its fields are the dataclass's, in order."""
+    hints = typing.get_type_hints(record_type)
+    fields = []
+    for field in dataclasses.fields(record_type):
+        kind, nullable = arrow_type(hints[field.name])
+        fields.append(pa.field(field.name, kind, nullable=nullable))
+    return pa.schema(fields)
+
+
+def to_table(records: Iterable[R], record_type: type[R]) -> pa.Table:
+    """Return the records as an Arrow table with the schema of `record_type`.
+
+    Raises:
+        ValueError: a required field is None (pyarrow itself lets a None into a non-nullable column).
+    """
+    rows = list(records)
+    schema = schema_of(record_type)
+    columns = []
+    for field in schema:
+        values = [_plain(getattr(row, field.name)) for row in rows]
+        if not field.nullable and any(value is None for value in values):
+            position = next(i for i, value in enumerate(values) if value is None)
+            raise ValueError(
+                f"{record_type.__name__}.{field.name}: got None in row {position}, wanted {field.type}; "
+                "fill the field, or declare it `| None`"
+            )
+        columns.append(pa.array(values, type=field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
+    """Return the rows of a table as records; the inverse of `to_table`.
+
+    Raises:
+        ValueError: the table lacks a column of the record.
+    """
+    schema = schema_of(record_type)
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{record_type.__name__}: missing columns {missing}, have {table.column_names}")
+    hints = typing.get_type_hints(record_type)
+    columns = {name: table.column(name).to_pylist() for name in schema.names}
+    return [
+        record_type(**{name: _typed(columns[name][i], hints[name]) for name in schema.names})
+        for i in range(table.num_rows)
+    ]
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value] if value and not isinstance(value[0], int | float | str) else list(value)
+    return value
+
+
+def _typed(value: typing.Any, annotation: object) -> object:
+    if value is None:
+        return None
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _typed(value, next(a for a in typing.get_args(annotation) if a is not type(None)))
+    if origin is tuple:
+        item = typing.get_args(annotation)[0]
+        return tuple(value) if item in (int, float, str) else tuple(_typed(v, item) for v in value)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        hints = typing.get_type_hints(annotation)
+        return annotation(**{k: _typed(v, hints[k]) for k, v in value.items()})
+    return value

@@ -1,0 +1,1 @@
+"""Start or join Ray, place replicas, pools, weight sync, durable store: the mechanism, which knows nothing of alignment."""

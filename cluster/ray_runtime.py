@@ -1,0 +1,345 @@
+"""Owns the connection to Ray: a local cluster on loopback with token authentication, or an existing one by address.
+
+A local cluster lives in a session directory of its own under the temporary directory. After `stop` nothing of it is
+left: no process, nothing in /dev/shm, no directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from pydantic import Field
+from ray._private import ray_constants
+
+from cluster.config import Config
+
+logger = logging.getLogger(__name__)
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds the flat packages; workers must be able to import from it."""
+
+MAX_TEMP_DIR_CHARS = 45
+"""Ray puts sockets some 60 characters below its directory, and a Unix socket's path ends at 107."""
+
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+class RayConfig(Config):
+    """Where Ray runs and what it may take."""
+
+    address: str | None = None
+    """Address of a running cluster ("10.0.0.1:6379", "auto"); without it RAY_ADDRESS counts, and without that a local
+    Ray is started."""
+    namespace: str = "elenchus"
+    """Ray namespace of the run's actors."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical cores of the local Ray; by default those that this process may use."""
+    object_store_gb: float = Field(default=1.0, gt=0.0)
+    """Size of the local object store in GiB; it lives in shared memory."""
+    dashboard: bool = False
+    """Serve Ray's dashboard, on loopback."""
+    dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    """Port of the dashboard."""
+    temp_dir: Path | None = None
+    """Parent of the local Ray's session directory; the system's temporary directory by default. Must be short."""
+    token_path: Path | None = None
+    """File of the authentication token; by default RAY_AUTH_TOKEN_PATH, and without that ~/.ray/auth_token."""
+    ship_code: bool = False
+    """When joining a cluster: send the packages of this project to its nodes."""
+
+
+@dataclass(slots=True)
+class RayRuntime:
+    """A connection to Ray."""
+
+    address: str
+    is_local: bool
+    """True when this process started the cluster and `stop` will end it."""
+    dashboard_url: str | None
+    """None when there is no dashboard."""
+    session_dir: Path | None
+    """Where a local Ray writes its logs; None for a joined cluster."""
+    start_s: float
+    """Seconds that the start took."""
+    _restore: dict[str, str | None] = field(default_factory=dict)
+    _shm_before: frozenset[str] = frozenset()
+
+    def stop(self) -> None:
+        """Disconnect; end a local cluster with everything that belongs to it. A second call does nothing."""
+        if ray.is_initialized():
+            processes = psutil.Process().children(recursive=True) if self.is_local else []
+            ray_processes = [process for process in processes if _is_ray_process(process)]
+            # A worker's own children (engine processes) die later than it, or not at all when they were orphaned.
+            below = [child for process in ray_processes for child in _children(process)]
+            ray.shutdown()
+            _end_processes([*ray_processes, *below])
+        if self.is_local:
+            if self.session_dir is not None:
+                shutil.rmtree(self.session_dir, ignore_errors=True)
+            _remove_own_shm(self._shm_before)
+        _set_environment(self._restore)
+        self._restore = {}
+
+
+def start_ray(config: RayConfig) -> RayRuntime:
+    """Start a local Ray, or join the one at `config.address` or RAY_ADDRESS, and return the connection.
+
+    Raises:
+        ValueError: authentication is switched off, the token file can't be used, or the temporary directory's path is
+            too long.
+        RuntimeError: this process is connected to Ray already.
+        ConnectionError: nothing answers at the address.
+    """
+    if ray.is_initialized():
+        raise RuntimeError("this process is connected to a Ray cluster already; call stop() on it first")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return _start_local(config) if address in (None, "", "local") else _join(config, address=str(address))
+
+
+def worker_stderr(*, pid: int, num_lines: int = 20) -> str:
+    """Return the last lines that a Ray worker of this node wrote to stderr; empty when its file can't be found here.
+
+    `ActorDiedError` carries none of it, and Ray's own log API needs the dashboard.
+    """
+    node = ray._private.worker._global_node  # no public way to the log directory without the dashboard (Ray 2.60)
+    if node is None:
+        return ""
+    files = sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"))
+    if not files:
+        return ""
+    with files[-1].open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - 32_768))
+        text = stream.read().decode("utf-8", errors="replace")
+    return "\n".join(text.splitlines()[-num_lines:])
+
+
+def _start_local(config: RayConfig) -> RayRuntime:
+    _refuse_open_cluster()
+    parent = config.temp_dir or Path(tempfile.gettempdir())
+    if len(str(parent.resolve())) > MAX_TEMP_DIR_CHARS:
+        raise ValueError(
+            f"ray.temp_dir: {parent} has {len(str(parent.resolve()))} characters, wanted at most {MAX_TEMP_DIR_CHARS} "
+            "(Unix sockets have short paths); set ray.temp_dir = \"/tmp\""
+        )
+    started = time.monotonic()
+    parent.mkdir(parents=True, exist_ok=True)
+    session_dir = Path(tempfile.mkdtemp(prefix="elenchus-", dir=parent))
+    token_path = ensure_token(config.token_path)
+    python_path = os.environ.get("PYTHONPATH", "")
+    environment: dict[str, str | None] = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Else every Ray process listens on all interfaces, even with 127.0.0.1 as the node's address (Ray 2.60).
+        LOOPBACK_SWITCH: "0",
+        "PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), *([python_path] if python_path else [])]),
+        **({} if token_path is None else {"RAY_AUTH_TOKEN_PATH": str(token_path)}),
+    }
+    shm_before = frozenset(_shm_files())
+    restore = _set_environment(environment)
+    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # it was read from the environment when Ray was imported
+    _quiet_ray_logger()
+    try:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=config.num_cpus or len(os.sched_getaffinity(0)),
+            object_store_memory=int(config.object_store_gb * (1 << 30)),
+            include_dashboard=config.dashboard,
+            dashboard_host="127.0.0.1",
+            dashboard_port=config.dashboard_port if config.dashboard else None,
+            namespace=config.namespace,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=str(session_dir),
+        )
+    except BaseException:
+        ray.shutdown()
+        _set_environment(restore)
+        shutil.rmtree(session_dir, ignore_errors=True)
+        raise
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
+    runtime = RayRuntime(
+        address=context.address_info["gcs_address"],
+        is_local=True,
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        session_dir=session_dir,
+        start_s=time.monotonic() - started,
+        _restore=restore,
+        _shm_before=shm_before,
+    )
+    logger.info("local Ray at %s in %.1f s, logs in %s", runtime.address, runtime.start_s, session_dir)
+    return runtime
+
+
+def _join(config: RayConfig, *, address: str) -> RayRuntime:
+    started = time.monotonic()
+    token_path = config.token_path
+    environment: dict[str, str | None] = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if token_path is not None:
+        environment |= {"RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_MODE": "token"}
+    restore = _set_environment(environment)
+    _quiet_ray_logger()
+    # Excludes are Ray's gitignore-like patterns; without them the virtual environment would be sent.
+    shipped = {
+        "working_dir": str(PROJECT_ROOT),
+        "excludes": ["/.git", "/.venv", "/runs", "/tests", "/docs", "*.safetensors", "*.parquet"],
+    }
+    try:
+        context: Any = ray.init(
+            address=address,
+            namespace=config.namespace,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env=shipped if config.ship_code else None,
+        )
+    except BaseException:
+        ray.shutdown()
+        _set_environment(restore)
+        raise
+    return RayRuntime(
+        address=context.address_info["gcs_address"],
+        is_local=False,
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        session_dir=None,
+        start_s=time.monotonic() - started,
+        _restore=restore,
+    )
+
+
+def ensure_token(path: Path | None = None) -> Path | None:
+    """Make sure that a token exists in a file that its owner alone can read, and return the file.
+
+    None means that RAY_AUTH_TOKEN itself holds the token, and no file is used.
+
+    Raises:
+        ValueError: the file belongs to somebody else, or is empty.
+    """
+    if path is None:
+        if os.environ.get("RAY_AUTH_TOKEN"):
+            return None
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        found = path.stat()
+        if found.st_uid != os.getuid():
+            raise ValueError(
+                f"{path}: the Ray token belongs to user {found.st_uid}, wanted {os.getuid()}; set RAY_AUTH_TOKEN_PATH"
+            ) from None
+        if found.st_size == 0:
+            raise ValueError(f"{path}: the Ray token is empty; delete the file, and a new one is made") from None
+        if stat.S_IMODE(found.st_mode) != 0o600:
+            path.chmod(0o600)  # Ray itself writes it readable for everybody
+        return path
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    return path
+
+
+def _refuse_open_cluster() -> None:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is not None and mode.lower() != "token":
+        raise ValueError(
+            f"RAY_AUTH_MODE: got {mode!r}, wanted 'token' or nothing, for an open Ray runs anybody's code; unset it"
+        )
+
+
+def _quiet_ray_logger() -> None:
+    """Keep Ray's notices off the terminal; they still reach the run's log through the root logger."""
+    ray_logger = logging.getLogger("ray")
+    for handler in list(ray_logger.handlers):
+        ray_logger.removeHandler(handler)
+    ray_logger.propagate = True
+    ray_logger.setLevel(logging.WARNING)
+    if not logging.getLogger().handlers:
+        ray_logger.addHandler(logging.NullHandler())
+
+
+def _set_environment(values: dict[str, str | None]) -> dict[str, str | None]:
+    """Set variables (None unsets) and return what they were."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before
+
+
+def _is_ray_process(process: psutil.Process) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return command.startswith("ray::") or f"{os.sep}ray{os.sep}" in command or "raylet" in command
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _end_processes(processes: list[psutil.Process]) -> None:
+    """Wait for processes to leave by themselves, then kill the rest; psutil checks that a pid was not reused."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        try:
+            logger.warning("process %d outlived Ray, killing it", process.pid)
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _shm_files() -> set[str]:
+    folder = Path("/dev/shm")
+    return {entry.name for entry in folder.iterdir()} if sys.platform == "linux" and folder.is_dir() else set()
+
+
+def _remove_own_shm(before: frozenset[str]) -> None:
+    """Remove what killed engines left in shared memory: new files of ours that no living process maps."""
+    left = [Path("/dev/shm") / name for name in _shm_files() - before]
+    ours = [path for path in left if path.name.startswith(("psm_", "sem.mp-", "torch_")) and _is_mine(path)]
+    if not ours:
+        return
+    mapped = _mapped_shm()
+    for path in ours:
+        if str(path) not in mapped:
+            logger.warning("removing %s, left behind by a killed process", path)
+            path.unlink(missing_ok=True)
+
+
+def _is_mine(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+
+
+def _mapped_shm() -> set[str]:
+    """Return the /dev/shm files that any process of this user maps."""
+    mapped: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            mapped.update(area.path for area in process.memory_maps() if area.path.startswith("/dev/shm/"))
+        except (psutil.Error, OSError):
+            continue
+    return mapped

@@ -1,0 +1,1 @@
+"""Who faces outward: the report and, later, the endpoint and the review page."""

@@ -1,0 +1,1 @@
+"""Who learns: losses, training group, preference building, evaluation, and the driver loop."""

@@ -1,0 +1,87 @@
+"""Owns the tiny base model that is trained from nothing: its tokenizer, chat template and random start.
+
+Written as an ordinary Hugging Face directory, so that every later step takes the path of a downloaded model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from actors.domains import Role
+from cluster.config import Config
+
+PAD, END, ASSISTANT, USER, SYSTEM = "<|pad|>", "<|end|>", "<|assistant|>", "<|user|>", "<|system|>"
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in Role)
+CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' and messages[0]['content'] in ('attacker', 'learner', 'critic') -%}"
+    "{{- '<|' + messages[0]['content'] + '|>' -}}"
+    "{%- elif messages[0]['role'] == 'system' -%}{{- '<|system|>' + messages[0]['content'] + '<|end|>' -}}"
+    "{%- else -%}{{- '<|learner|>' -}}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- '<|user|>' + message['content'] -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- '<|assistant|>' + message['content'] + '<|end|>' -}}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""A system message that names a role becomes that role's control token; without one the learner speaks."""
+
+
+class BaseModelConfig(Config):
+    """Shape of the base model, a Llama with tied embeddings."""
+
+    hidden_size: int = Field(default=128, gt=0)
+    """Width."""
+    intermediate_size: int = Field(default=256, gt=0)
+    """Width of the feed-forward layer."""
+    num_layers: int = Field(default=2, gt=0)
+    """Transformer blocks."""
+    num_heads: int = Field(default=4, gt=0)
+    """Attention heads; the head size is hidden_size / num_heads."""
+    max_positions: int = Field(default=256, gt=0)
+    """Longest sequence, in tokens."""
+
+
+def write_base_model(path: Path, config: BaseModelConfig, *, seed: int) -> Path:
+    """Write the randomly initialised base model with its tokenizer and return its path."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    control = [PAD, END, SYSTEM, USER, ASSISTANT, *ROLE_TOKENS, "<|unknown|>"]
+    vocabulary = {token: i for i, token in enumerate([*control, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token="<|unknown|>",
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT, *ROLE_TOKENS],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_heads,
+                max_position_embeddings=config.max_positions,
+                tie_word_embeddings=True,
+                pad_token_id=vocabulary[PAD],
+                eos_token_id=vocabulary[END],
+                bos_token_id=None,
+            )
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

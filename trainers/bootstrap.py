@@ -1,0 +1,158 @@
+"""Owns the bootstrap: one small base model for all three roles, trained from nothing on a domain's demonstrations.
+
+Only train problems are shown. The loss falls on a role's own tokens: what stands in a prompt (an answer that the critic
+is to judge, say) is masked. The result is cached by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from actors.chat import encode_chat, load_tokenizer
+from actors.domains import Demonstration, Domain, Role
+from cluster.config import Config
+from trainers.base_model import END, BaseModelConfig, write_base_model
+from trainers.progress import Progress
+from trainers.training_group import TrainingConfig, TrainingGroup, TrainingPlan
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1
+"""Raise it when the data or the training of the bootstrap changes in a way that its config does not show."""
+
+
+class BootstrapConfig(Config):
+    """How the base model is trained."""
+
+    steps: int = Field(default=1600, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=48, ge=1)
+    """Demonstrations per optimizer step."""
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    """Peak learning rate; cosine schedule."""
+    attacker_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of demonstrations of the attacker's role."""
+    learner_share: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Share of demonstrations of the learner's role; the critic's role has the rest."""
+    num_chunks: int = Field(default=10, ge=1)
+    """The data is made and handed over in this many pieces; one tick of the progress bar each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapResult:
+    """A base model and what it took."""
+
+    model_dir: Path
+    seconds: float
+    """0 when it came from the cache."""
+    gold: dict[str, int]
+    """Demonstrations whose content was known to be right by construction, by role (SCIENCE §1)."""
+
+
+def cache_key(
+    config: BootstrapConfig, *, base_model: BaseModelConfig, domain: Config, training: TrainingConfig, seed: int
+) -> str:
+    """Return the name of the cached result: a hash of all that the result depends on."""
+    sections = [section.model_dump(mode="json") for section in (config, base_model, domain)]
+    parts = [CACHE_FORMAT, *sections, training.num_ranks, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def demonstration_mix(domain: Domain, config: BootstrapConfig, *, seed: int) -> Iterator[list[Demonstration]]:
+    """Yield the bootstrap's demonstrations in chunks, roles mixed by their shares, the same for the same seed."""
+    rng = random.Random(f"bootstrap/{seed}")
+    per_chunk = config.steps * config.batch_size // config.num_chunks
+    for _ in range(config.num_chunks):
+        num_attacker = round(per_chunk * config.attacker_share)
+        num_learner = round(per_chunk * config.learner_share)
+        rows = [
+            *domain.demonstrations(Role.ATTACKER, rng=rng, num=num_attacker),
+            *domain.demonstrations(Role.LEARNER, rng=rng, num=num_learner),
+            *domain.demonstrations(Role.CRITIC, rng=rng, num=per_chunk - num_attacker - num_learner),
+        ]
+        rng.shuffle(rows)
+        yield rows
+
+
+async def bootstrap(
+    config: BootstrapConfig,
+    *,
+    base_model: BaseModelConfig,
+    domain: Domain,
+    domain_config: Config,
+    training: TrainingConfig,
+    seed: int,
+    cache_dir: Path,
+    progress: Progress,
+) -> BootstrapResult:
+    """Return the base model of a config and seed, trained now or found in the cache."""
+    key = cache_key(config, base_model=base_model, domain=domain_config, training=training, seed=seed)
+    target = cache_dir / f"bootstrap-{key}"
+    if (target / "bootstrap.json").is_file():
+        gold = json.loads((target / "bootstrap.json").read_text())["gold"]
+        return BootstrapResult(model_dir=target, seconds=0.0, gold=gold)
+    begin = time.monotonic()
+    start_dir = cache_dir / f".{target.name}.start"
+    write_base_model(start_dir, base_model, seed=seed)
+    tokenizer = load_tokenizer(start_dir)
+    end_id = tokenizer.convert_tokens_to_ids(END)
+    group = TrainingGroup(
+        name="bootstrap",
+        model_dir=start_dir,
+        config=training.model_copy(
+            update={
+                "batch_size": config.batch_size,
+                "learning_rate": config.learning_rate,
+                "schedule": "cosine",
+                "warmup_steps": min(50, config.steps // 10),
+                "total_steps": config.steps,
+                "weight_decay": 0.1,
+                "seed": seed,
+            }
+        ),
+    )
+    gold = {role.value: 0 for role in Role}
+    await group.start()
+    try:
+        num_done = 0
+        for chunk, rows in enumerate(demonstration_mix(domain, config, seed=seed)):
+            ids = [f"{chunk}/{i}" for i in range(len(rows))]
+            table = pa.table(
+                {
+                    "row_id": ids,
+                    "prompt_token_ids": [encode_chat(tokenizer, row.messages) for row in rows],
+                    "response_token_ids": [
+                        [*tokenizer.encode(row.response, add_special_tokens=False), end_id] for row in rows
+                    ],
+                }
+            )
+            for row in rows:
+                gold[row.role.value] += 1
+            plan = TrainingPlan.of(ids, batch_size=config.batch_size, epochs=1, seed=seed)
+            report = await group.update(ray.put(table), loss="pretraining", loss_config=None, plan=plan)
+            num_done += len(report.steps)
+            progress.stage("bootstrap", done=num_done, total=config.steps)
+            logger.info("bootstrap: %d of %d steps, loss %.4f", num_done, config.steps, report.means["loss"])
+        building = cache_dir / f".{target.name}.building"
+        shutil.rmtree(building, ignore_errors=True)
+        await group.export(building)
+    finally:
+        await group.shutdown()
+    seconds = time.monotonic() - begin
+    (building / "bootstrap.json").write_text(json.dumps({"gold": gold, "seconds": seconds, "seed": seed}))
+    shutil.rmtree(start_dir, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    return BootstrapResult(model_dir=target, seconds=seconds, gold=gold)

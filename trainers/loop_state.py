@@ -1,0 +1,158 @@
+"""Owns what the loop carries: the records of an open iteration, the state between iterations, the clock of its stages."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from actors.archive import Archive
+from actors.oversight import Judged
+from actors.records import (
+    Critique,
+    EvaluationAnswer,
+    PreferencePair,
+    Proposal,
+    Query,
+    Response,
+    Verdict,
+    from_table,
+)
+
+STAGES = {
+    "proposals": (Proposal, "proposal_id"),
+    "queries": (Query, "query_id"),
+    "responses": (Response, "response_id"),
+    "critiques": (Critique, "critique_id"),
+    "verdicts": (Verdict, "verdict_id"),
+    "pairs": (PreferencePair, "pair_id"),
+    "evaluations": (EvaluationAnswer, "answer_id"),
+}
+"""The journal's stages: the record of each and the column that identifies a row."""
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """The records of one iteration as they come in, by id."""
+
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+    queries: dict[str, Query] = field(default_factory=dict)
+    responses: dict[str, Response] = field(default_factory=dict)
+    critiques: dict[str, Critique] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, logged: Mapping[str, pa.Table]) -> Rollouts:
+        """Return what the journal holds of an open iteration; of queries, see `Attacker.query_of`."""
+        rollouts = cls()
+        if "proposals" in logged:
+            rollouts.proposals = {row.proposal_id: row for row in from_table(logged["proposals"], Proposal)}
+        if "queries" in logged:
+            rollouts.queries = {row.query_id: row for row in from_table(logged["queries"], Query)}
+        if "responses" in logged:
+            rollouts.responses = {row.response_id: row for row in from_table(logged["responses"], Response)}
+        if "critiques" in logged:
+            rollouts.critiques = {row.critique_id: row for row in from_table(logged["critiques"], Critique)}
+        return rollouts
+
+    @property
+    def next_proposal(self) -> int:
+        """Index of the first proposal that is not here."""
+        return 1 + max((row.sample_index for row in self.proposals.values()), default=-1)
+
+    def judged(self) -> list[Judged]:
+        """Return every response with its critiques, in an order that depends on the ids alone."""
+        by_response: dict[str, list[Critique]] = {response_id: [] for response_id in self.responses}
+        for critique in self.critiques.values():
+            by_response[critique.response_ids[0]].append(critique)
+        return [
+            Judged(
+                query=self.queries[response.query_id],
+                response=response,
+                critiques=tuple(sorted(by_response[response_id], key=lambda c: c.critique_id)),
+            )
+            for response_id, response in sorted(self.responses.items())
+        ]
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What the loop carries from one iteration to the next; it goes into every COMMIT.json."""
+
+    iteration: int
+    archive: Archive
+    num_verdicts: int = 0
+    num_asked: int = 0
+    num_pairs: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    gold: Counter[str] = field(default_factory=Counter)
+    parity_max_abs_diff: float = 0.0
+    iterations_s: float = 0.0
+
+    @property
+    def policy_version(self) -> str:
+        """The learner's weights after this iteration."""
+        return f"v{self.iteration}"
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state as plain JSON values."""
+        return {
+            "iteration": self.iteration,
+            "policy_version": self.policy_version,
+            "archive": self.archive.snapshot(),
+            "num_verdicts": self.num_verdicts,
+            "num_asked": self.num_asked,
+            "num_pairs": self.num_pairs,
+            "dropped": dict(self.dropped),
+            "gold": dict(self.gold),
+            "parity_max_abs_diff": self.parity_max_abs_diff,
+            "iterations_s": self.iterations_s,
+        }
+
+    @classmethod
+    def restore(cls, snapshot: Mapping[str, Any]) -> LoopState:
+        """Return the state of a snapshot."""
+        return cls(
+            iteration=snapshot["iteration"],
+            archive=Archive.restore(snapshot["archive"]),
+            num_verdicts=snapshot["num_verdicts"],
+            num_asked=snapshot["num_asked"],
+            num_pairs=snapshot["num_pairs"],
+            dropped=Counter(snapshot["dropped"]),
+            gold=Counter(snapshot["gold"]),
+            parity_max_abs_diff=snapshot["parity_max_abs_diff"],
+            iterations_s=snapshot["iterations_s"],
+        )
+
+
+class StageClock:
+    """Wall-clock seconds per stage of one iteration."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new iteration."""
+        self._begin = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds per stage so far."""
+        return dict(self._seconds)
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the iteration began."""
+        return time.monotonic() - self._begin

@@ -1,0 +1,120 @@
+"""Owns how verdicts become preference pairs: chosen passes, rejected fails, the gap in P(good) at least the margin.
+
+All-pass and all-fail queries, ties and equal texts are dropped and counted (SCIENCE §3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from actors.records import PreferencePair, Query, Response, Verdict, lineage_id
+from actors.rubrics import FAIL, PASS
+from cluster.config import Config
+
+
+class PreferenceConfig(Config):
+    """How pairs are chosen."""
+
+    margin: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Least gap in P(good) between chosen and rejected."""
+    max_pairs_per_query: int = Field(default=2, ge=1)
+    """Best against worst, second best against second worst, and so on, each response once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """The pairs of one iteration, and how many queries or candidates gave none, by reason."""
+
+    pairs: tuple[PreferencePair, ...]
+    dropped: Mapping[str, int]
+
+
+def build_pairs(
+    queries: Sequence[Query],
+    responses: Mapping[str, Response],
+    verdicts: Sequence[Verdict],
+    *,
+    config: PreferenceConfig,
+    run: str,
+) -> Pairs:
+    """Return best-versus-worst pairs, in an order that depends on the ids alone."""
+    by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
+    dropped: Counter[str] = Counter()
+    for verdict in verdicts:
+        if verdict.label is None:
+            dropped["unjudged"] += 1
+        else:
+            by_query[verdict.query_id].append(verdict)
+    pairs: list[PreferencePair] = []
+    for query in sorted(queries, key=lambda q: q.query_id):
+        good, bad = _sides(by_query[query.query_id], responses)
+        if not good or not bad:
+            reason = "all_pass" if good else "all_fail" if bad else "no_verdict"
+            dropped[reason] += 1
+            continue
+        for rank, (chosen, rejected) in enumerate(zip(good, bad, strict=False)):
+            if rank == config.max_pairs_per_query:
+                break
+            gap = (chosen.score or 0.0) - (rejected.score or 0.0)
+            if gap < config.margin:
+                dropped["margin"] += 1
+            elif responses[chosen.response_id].text == responses[rejected.response_id].text:
+                dropped["same_text"] += 1
+            else:
+                pairs.append(_pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank))
+    return Pairs(pairs=tuple(pairs), dropped=dict(dropped))
+
+
+def _sides(verdicts: Sequence[Verdict], responses: Mapping[str, Response]) -> tuple[list[Verdict], list[Verdict]]:
+    """Return the passing verdicts, best first, and the failing ones, worst first, each text once."""
+    ordered = sorted(verdicts, key=lambda v: (-(v.score or 0.0), responses[v.response_id].sample_index))
+    good = _distinct([v for v in ordered if v.label == PASS], responses)
+    bad = _distinct([v for v in reversed(ordered) if v.label == FAIL], responses)
+    return good, bad
+
+
+def _distinct(verdicts: Sequence[Verdict], responses: Mapping[str, Response]) -> list[Verdict]:
+    seen: dict[str, Verdict] = {}
+    for verdict in verdicts:
+        seen.setdefault(responses[verdict.response_id].text, verdict)
+    return list(seen.values())
+
+
+def _pair(
+    query: Query,
+    chosen: Verdict,
+    rejected: Verdict,
+    responses: Mapping[str, Response],
+    *,
+    gap: float,
+    run: str,
+    rank: int,
+) -> PreferencePair:
+    good, bad = responses[chosen.response_id], responses[rejected.response_id]
+    return PreferencePair(
+        pair_id=lineage_id(
+            run,
+            iteration=query.iteration,
+            stage="pairs",
+            parents=[good.response_id, bad.response_id],
+            sample_index=rank,
+        ),
+        query_id=query.query_id,
+        prompt=query.messages,
+        chosen=good.text,
+        rejected=bad.text,
+        prompt_token_ids=good.prompt_token_ids,
+        chosen_token_ids=good.token_ids,
+        rejected_token_ids=bad.token_ids,
+        margin=gap,
+        weight=1.0,
+        noise=0.0,
+        source="expert" if "expert" in (chosen.source, rejected.source) else "critic",
+        chosen_id=good.response_id,
+        rejected_id=bad.response_id,
+        iteration=query.iteration,
+    )

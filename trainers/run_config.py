@@ -1,0 +1,281 @@
+"""Owns a run's config: the sections of all parts in one, read from TOML and flags, checked before anything starts.
+
+Every default is one that `make demo` runs. The parts own their sections; none of them sees the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from actors.attacker import AttackerConfig
+from actors.chat import check_model_directory
+from actors.critic import CriticConfig
+from actors.engine import EngineConfig
+from actors.experts import SimulatedExpertConfig
+from actors.oversight import OversightConfig
+from actors.rollout import RolloutConfig
+from cluster.config import (
+    Config,
+    ConfigError,
+    Settings,
+    flag_settings,
+    layered,
+    plugin_config,
+    read_settings,
+    validated,
+)
+from cluster.ray_runtime import RayConfig
+from trainers.base_model import BaseModelConfig
+from trainers.bootstrap import BootstrapConfig
+from trainers.driver import LoopConfig
+from trainers.evaluation import EvaluationConfig
+from trainers.preferences import PreferenceConfig
+from trainers.training_group import TrainingConfig
+
+if TYPE_CHECKING:
+    from cluster.config import PluginConfig
+
+    Domain = Attack = Loss = PluginConfig
+else:
+    Domain = plugin_config("actors.domains", default="arithmetic")
+    Attack = plugin_config("actors.attacks", default="quality_diversity")
+    Loss = plugin_config("trainers.losses", default="dpo")
+
+BOOTSTRAP = "bootstrap"
+"""In place of a model directory: the base model that the run trains from scratch, or finds in its cache."""
+
+
+class SupervisionConfig(Config):
+    """Where labels may come from."""
+
+    regime: Literal["critic_expert", "gold"] = "critic_expert"
+    """critic_expert: the critic's verdicts and the experts' alone; gold: computable truth may be a label."""
+
+
+class AttackerSection(Config):
+    """The attacker: its pool and how it is sampled."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Engines in the attacker's pool."""
+    engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
+    """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
+    sampling: AttackerConfig = AttackerConfig()
+    """How the attacker's model is sampled."""
+
+
+class RolloutsSection(Config):
+    """The learner's rollouts: the pool that its weights are published to, and how it is sampled."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Engines in the rollout pool."""
+    engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
+    """One engine of the pool; `model` must be the learner's."""
+    sampling: RolloutConfig = RolloutConfig()
+    """How the learner is sampled."""
+
+
+class CriticSection(Config):
+    """The critic: its pool and how it is asked."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Engines in the critic's pool."""
+    engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
+    """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
+    rubric: Literal["step_marks"] = "step_marks"
+    """How the critic's prompt is written and its answer read."""
+    judging: CriticConfig = CriticConfig()
+    """How the critic is asked."""
+
+
+class LearnerSection(Config):
+    """The learner: the model that is trained, and its group of ranks."""
+
+    model: str = BOOTSTRAP
+    """A Hugging Face directory or "bootstrap"."""
+    training: TrainingConfig = TrainingConfig()
+    """Ranks, optimizer and schedule."""
+
+
+class RunConfig(Config):
+    """Everything that a run is told."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The run's name, and that of its directory."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Fixes every draw of the run; evaluation has its own."""
+    runs_dir: Path = Path("runs")
+    """Where run directories are made."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """Where labels may come from."""
+    domain: Domain = Field(default={"kind": "arithmetic"})
+    """The world that queries live in: `kind` names a file of actors/domains."""
+    base_model: BaseModelConfig = BaseModelConfig()
+    """Shape of the model that "bootstrap" stands for."""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    """How that model is trained."""
+    attack: Attack = Field(default={"kind": "quality_diversity"})
+    """Where the attacker looks next: `kind` names a file of actors/attacks."""
+    attacker: AttackerSection = AttackerSection()
+    """The attacker's pool."""
+    rollouts: RolloutsSection = RolloutsSection()
+    """The learner's rollout pool."""
+    critic: CriticSection = CriticSection()
+    """The critic's pool."""
+    oversight: OversightConfig = OversightConfig()
+    """How critiques become verdicts, and what experts may be asked."""
+    experts: SimulatedExpertConfig = SimulatedExpertConfig()
+    """The simulated expert."""
+    preferences: PreferenceConfig = PreferenceConfig()
+    """How pairs are chosen."""
+    loss: Loss = Field(default={"kind": "dpo"})
+    """What the learner is trained on: `kind` names a file of trainers/losses."""
+    learner: LearnerSection = LearnerSection()
+    """The model that is trained."""
+    loop: LoopConfig = LoopConfig()
+    """Iterations, queries, epochs."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Sizes of the evaluation sets."""
+    ray: RayConfig = RayConfig()
+    """The cluster."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self.runs_dir / self.name
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        problems = [*_contexts(self), *_models(self), *_divisions(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_run_config(
+    paths: Sequence[Path], *, flags: Sequence[tuple[str, str]] = (), base: RunConfig | None = None
+) -> RunConfig:
+    """Return the config that files and then flags, `("critic.replicas", "6")`, make of a base or of the defaults.
+
+    Raises:
+        ConfigError: with every problem there is, one line each.
+    """
+    problems: list[str] = []
+    read: list[Settings] = []
+    for path in paths:
+        try:
+            read.append(read_settings(path))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    # The base lies below as values: a section's default holds for the keys that a file leaves out of that section.
+    below = Settings(values=(base or RunConfig()).model_dump(mode="json"))
+    return validated(RunConfig, layered([below, *read, *(flag_settings(key, text) for key, text in flags)]))
+
+
+def read_resolved(path: Path) -> RunConfig:
+    """Return the config that a run was started with, from its resolved.json.
+
+    Raises:
+        ConfigError: the file is missing or is no resolved config of this version.
+    """
+    try:
+        return RunConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file, wanted the resolved config of a run"]) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError([f"{path}: {place}: {first['msg']}; wanted a config of this version of elenchus"]) from None
+
+
+def check_machine(config: RunConfig) -> None:
+    """Check what only the machine can say, before Ray starts: model directories and the place of the run.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
+    models = {
+        "attacker.engine.model": config.attacker.engine.model,
+        "critic.engine.model": config.critic.engine.model,
+        "learner.model": config.learner.model,
+    }
+    problems = []
+    for key, model in models.items():
+        if model != BOOTSTRAP:
+            try:
+                check_model_directory(model)
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(f"runs_dir: {config.run_dir} can't be made ({error.strerror}), wanted a writable directory")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _contexts(config: RunConfig) -> Iterator[str]:
+    """Yield where a sample is allowed to fill the model's whole context, so that no prompt fits."""
+    rows = (
+        ("attacker.sampling", config.attacker.sampling.max_tokens, "attacker", config.attacker.engine),
+        ("rollouts.sampling", config.rollouts.sampling.max_tokens, "rollouts", config.rollouts.engine),
+        ("critic.judging", config.critic.judging.max_tokens, "critic", config.critic.engine),
+    )
+    for section, max_tokens, role, engine in rows:
+        context = engine.max_model_len
+        source = f"{role}.engine.max_model_len"
+        if context is None and engine.model == BOOTSTRAP:
+            context, source = config.base_model.max_positions, "base_model.max_positions"
+        if context is not None and max_tokens >= context:
+            yield (
+                f"{section}.max_tokens: got {max_tokens}, wanted less than the context, {source} = {context}, "
+                "which prompt and answer share"
+            )
+
+
+def _models(config: RunConfig) -> Iterator[str]:
+    """Yield where roles that must have the same model have two, or a window is longer than the model's."""
+    if config.rollouts.engine.model != config.learner.model:
+        yield (
+            f'rollouts.engine.model: got "{config.rollouts.engine.model}", wanted learner.model, '
+            f'"{config.learner.model}": the rollout pool answers with the learner\'s weights'
+        )
+    engines = {"attacker": config.attacker.engine, "rollouts": config.rollouts.engine, "critic": config.critic.engine}
+    longest = config.base_model.max_positions
+    for role, engine in engines.items():
+        if engine.model == BOOTSTRAP and engine.max_model_len is not None and engine.max_model_len > longest:
+            yield (
+                f"{role}.engine.max_model_len: got {engine.max_model_len}, wanted at most "
+                f"base_model.max_positions = {longest}"
+            )
+
+
+def _divisions(config: RunConfig) -> Iterator[str]:
+    """Yield what does not divide, with the arithmetic."""
+    rows = (
+        (
+            "base_model.hidden_size",
+            config.base_model.hidden_size,
+            "base_model.num_heads",
+            config.base_model.num_heads,
+        ),
+        (
+            "learner.training.batch_size",
+            config.learner.training.batch_size,
+            "learner.training.num_ranks",
+            config.learner.training.num_ranks,
+        ),
+    )
+    for key, number, by, divisor in rows:
+        times, rest = divmod(number, divisor)
+        if rest:
+            nearest = max(times, 1) * divisor
+            yield (
+                f"{key}: got {number}, wanted a multiple of {by} = {divisor}: {number} = {divisor} × {times} + {rest}; "
+                f"{nearest} would do"
+            )

@@ -1,0 +1,320 @@
+"""Owns one sitting of a run: start Ray, bootstrap, place pools and learner group, hand them to the driver, sum up.
+
+The only place that knows how the parts are put together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.attacker import Attacker
+from actors.attacks import load_attack
+from actors.chat import encode_chat, load_tokenizer
+from actors.critic import Critic
+from actors.domains import Domain, GoldLedger, Purpose, Role, load_domain
+from actors.engine import Completion, EngineConfig, GenerationRequest, start_engine_replica
+from actors.expert_desk import ExpertDesk
+from actors.experts import ExpertBudget, ExpertQueue, SimulatedExpert
+from actors.oversight import make_oversight
+from actors.records import EvaluationAnswer, from_table
+from actors.rollout import Rollout
+from actors.rubrics import StepMarks
+from cluster.pool import Pool
+from cluster.ray_runtime import start_ray
+from cluster.store import RunStore, git_commit
+from trainers import statistics
+from trainers.bootstrap import BootstrapResult, bootstrap
+from trainers.driver import STAGES, Driver, DriverConfig, LoopState, Roles
+from trainers.evaluation import evaluation_sets
+from trainers.progress import Progress, StopSignal
+from trainers.run_config import BOOTSTRAP, RunConfig
+from trainers.summary import (
+    BeforeAfter,
+    CountedBeforeAfter,
+    GainSummary,
+    Gold,
+    Summary,
+    WallSeconds,
+    read_metrics,
+    summarise_agreement,
+    summarise_experts,
+    summarise_pairs,
+    write_summary,
+)
+from trainers.training_group import TrainingGroup
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBE_SEQUENCES = 16
+"""Sequences of the parity probe, drawn from the domain's probe problems."""
+
+
+@dataclass(slots=True)
+class Wall:
+    """Seconds of this sitting, by phase."""
+
+    begin: float
+    bootstrap: float = 0.0
+    start: float = 0.0
+
+
+def run(config: RunConfig, *, progress: Progress, stop: StopSignal, config_toml: str | None = None) -> Summary:
+    """Run a config from its beginning to its summary.
+
+    Raises:
+        ValueError: the run directory holds another run.
+        Stopped: the user asked for a stop; the last commit stands.
+    """
+    store = RunStore.create(
+        config.run_dir,
+        config=config.model_dump(mode="json"),
+        id_columns={stage: column for stage, (_, column) in STAGES.items()},
+        config_toml=config_toml,
+    )
+    return _sit(config, store=store, progress=progress, stop=stop)
+
+
+def resume(config: RunConfig, *, progress: Progress, stop: StopSignal) -> Summary:
+    """Go on with a run from its last commit and what its journal holds of the open iteration.
+
+    Raises:
+        ValueError: there is no such run, or it is active elsewhere.
+        Stopped: the user asked for a stop; the last commit stands.
+    """
+    return _sit(config, store=RunStore.open(config.run_dir), progress=progress, stop=stop)
+
+
+def _sit(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
+    with store:
+        return asyncio.run(_run(config, store=store, progress=progress, stop=stop))
+
+
+async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
+    wall = Wall(begin=time.monotonic())
+    domain, checker = load_domain(config.domain.kind, config.domain)
+    gold = GoldLedger(checker, regime=config.supervision.regime)
+    async with AsyncExitStack() as stack:
+        runtime = start_ray(config.ray)
+        stack.callback(runtime.stop)
+        progress.note(
+            f"cluster   Ray at {runtime.address}"
+            + (f" · dashboard {runtime.dashboard_url}" if runtime.dashboard_url else "")
+        )
+        base = await _base_model(config, domain=domain, progress=progress)
+        wall.bootstrap = 0.0 if base is None else base.seconds
+        roles = await _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
+        driver = Driver(
+            run=config.name,
+            seed=config.seed,
+            roles=roles,
+            store=store,
+            domain=domain,
+            gold=gold,
+            config=_driver_config(config, domain=domain, model=_model(config.learner.model, base)),
+            progress=progress,
+            stop=stop,
+        )
+        state = await driver.run()
+        wall.start = max(0.0, time.monotonic() - wall.begin - wall.bootstrap - driver.iterations_s)
+        summary = summarise(config, store=store, state=state, base=base, gold=gold, wall=wall)
+    write_summary(store.path, summary)
+    return summary
+
+
+async def _base_model(config: RunConfig, *, domain: Domain, progress: Progress) -> BootstrapResult | None:
+    models = (config.learner.model, config.attacker.engine.model, config.critic.engine.model)
+    if BOOTSTRAP not in models:
+        return None
+    result = await bootstrap(
+        config.bootstrap,
+        base_model=config.base_model,
+        domain=domain,
+        domain_config=config.domain,
+        training=config.learner.training,
+        seed=config.seed,
+        cache_dir=config.runs_dir / ".cache",
+        progress=progress,
+    )
+    how = f"trained in {result.seconds:.0f} s" if result.seconds else "found in the cache"
+    progress.note(f"bootstrap one base model for three roles, from scratch, on {domain.name}: {how}")
+    return result
+
+
+async def _start_roles(
+    config: RunConfig,
+    *,
+    store: RunStore,
+    domain: Domain,
+    gold: GoldLedger,
+    base: BootstrapResult | None,
+    stack: AsyncExitStack,
+) -> Roles:
+    """Start pools and learner group side by side, and give the roles to them."""
+    engines = {
+        Role.ATTACKER: (config.attacker.engine, config.attacker.replicas),
+        Role.LEARNER: (config.rollouts.engine, config.rollouts.replicas),
+        Role.CRITIC: (config.critic.engine, config.critic.replicas),
+    }
+    pools: dict[str, Pool[GenerationRequest, Completion]] = {}
+    for number, (role, (engine, replicas)) in enumerate(engines.items()):
+        name = "rollouts" if role is Role.LEARNER else role.value
+        pools[name] = _pool(
+            name,
+            engine.model_copy(
+                update={
+                    "model": str(_model(engine.model, base)),
+                    "base_seed": config.seed * 1_000 + number * 100,
+                }
+            ),
+            num_replicas=replicas,
+            log_path=store.path / "engines.log",
+        )
+    group = TrainingGroup(name="learner", model_dir=_model(config.learner.model, base), config=config.learner.training)
+    for pool in pools.values():
+        stack.push_async_callback(pool.shutdown)
+    stack.push_async_callback(group.shutdown)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(group.start())
+        for pool in pools.values():
+            tasks.create_task(pool.start())
+    queue = ExpertQueue(store.path / "labels" / "queue.sqlite3")
+    stack.callback(queue.close)
+    expert = SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=config.experts)
+    return Roles(
+        attacker=Attacker(
+            pools["attacker"],
+            attack=load_attack(config.attack.kind, config.attack, domain=domain),
+            attack_name=config.attack.kind,
+            domain=domain,
+            config=config.attacker.sampling,
+            run=config.name,
+            seed=config.seed,
+        ),
+        rollout=Rollout(pools["rollouts"], config=config.rollouts.sampling, run=config.name, seed=config.seed),
+        critic=Critic(
+            pools["critic"], rubric=StepMarks(domain), config=config.critic.judging, run=config.name, seed=config.seed
+        ),
+        oversight=make_oversight(config.oversight),
+        experts=ExpertDesk(queue, expert),
+        learner_group=group,
+        pools=pools,
+    )
+
+
+def _pool(name: str, engine: EngineConfig, *, num_replicas: int, log_path: Path) -> Pool[GenerationRequest, Completion]:
+    return Pool(
+        name=name,
+        start_replica=lambda replica_id: start_engine_replica(
+            engine, replica_id=replica_id, num_cpus=0.2, log_path=str(log_path)
+        ),
+        num_replicas=num_replicas,
+    )
+
+
+def _model(model: str, base: BootstrapResult | None) -> Path:
+    if model != BOOTSTRAP:
+        return Path(model)
+    assert base is not None, "a run that names the bootstrap has bootstrapped"
+    return base.model_dir
+
+
+def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverConfig:
+    sets = evaluation_sets(domain, config.evaluation)
+    tokenizer = load_tokenizer(model)
+    probe = [query for query, _ in sets["probe"]]
+    stride = max(1, len(probe) // NUM_PROBE_SEQUENCES)
+    return DriverConfig(
+        loop=config.loop,
+        preferences=config.preferences,
+        evaluation=config.evaluation,
+        evaluation_sets=sets,
+        experts=ExpertBudget(fraction=config.oversight.budget),
+        loss=config.loss.kind,
+        loss_config=config.loss,
+        batch_size=config.learner.training.batch_size,
+        probe_sequences=tuple(
+            encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
+        ),
+    )
+
+
+def summarise(
+    config: RunConfig,
+    *,
+    store: RunStore,
+    state: LoopState,
+    base: BootstrapResult | None,
+    gold: GoldLedger,
+    wall: Wall,
+) -> Summary:
+    """Return a finished run in figures, from its journal and its metrics."""
+    last = state.iteration
+    rows = read_metrics(store.path)
+    before, after = _answers(store, 0), _answers(store, last)
+    both = [
+        (b.correct, a.correct)
+        for b, a in zip(before["sealed"], after["sealed"], strict=True)
+        if b.well_formed and a.well_formed
+    ]
+    weights = {name: [row.tokens_per_s.get(name, 0.0) for row in rows] for name in ("attacker", "rollouts", "critic")}
+    shown = {} if base is None else base.gold
+    return Summary(
+        run=config.name,
+        sealed_accuracy=GainSummary.of(
+            statistics.paired_gain([b.correct for b in before["sealed"]], [a.correct for a in after["sealed"]])
+        ),
+        sealed_accuracy_well_formed=(
+            GainSummary.of(statistics.paired_gain([b for b, _ in both], [a for _, a in both])) if both else None
+        ),
+        well_formed=BeforeAfter(before=_share(before["sealed"], "form"), after=_share(after["sealed"], "form")),
+        ood_accuracy=CountedBeforeAfter(
+            before=_share(before["out_of_distribution"], "correct"),
+            after=_share(after["out_of_distribution"], "correct"),
+            n=len(after["out_of_distribution"]),
+        ),
+        attack_success=CountedBeforeAfter(
+            before=1.0 - _share(before["attack_set"], "correct"),
+            after=1.0 - _share(after["attack_set"], "correct"),
+            n=len(after["attack_set"]),
+        ),
+        live_attack_success={row.iteration: row.live_attack_success for row in rows},
+        critic_agreement=summarise_agreement(rows),
+        experts=summarise_experts(rows),
+        gold=Gold(
+            learner_bootstrap=shown.get(Role.LEARNER, 0),
+            critic_bootstrap=shown.get(Role.CRITIC, 0),
+            expert=gold.counts[Purpose.EXPERT],
+            calibration=0,
+            canaries=0,
+        ),
+        regime=config.supervision.regime,
+        policy_version=state.policy_version,
+        parity_max_abs_diff=state.parity_max_abs_diff,
+        pairs=summarise_pairs(rows),
+        wall_s=WallSeconds(
+            bootstrap=wall.bootstrap,
+            start=wall.start,
+            iterations=state.iterations_s,
+            total=time.monotonic() - wall.begin,
+        ),
+        tokens_per_s={name: sum(values) / len(values) for name, values in weights.items() if values},
+        seed=config.seed,
+        commit=git_commit(Path(__file__).resolve().parent)[0] or "unknown",
+    )
+
+
+def _answers(store: RunStore, iteration: int) -> dict[str, list[EvaluationAnswer]]:
+    sets: dict[str, list[EvaluationAnswer]] = {}
+    for answer in from_table(store.read("evaluations", iteration=iteration), EvaluationAnswer):
+        sets.setdefault(answer.set_name, []).append(answer)
+    return {name: sorted(answers, key=lambda answer: answer.item) for name, answers in sets.items()}
+
+
+def _share(answers: Sequence[EvaluationAnswer], what: str) -> float:
+    return sum(answer.correct if what == "correct" else answer.well_formed for answer in answers) / len(answers)
