@@ -85,7 +85,7 @@ class Attacker:
                     f"attacker: {admitted} of {index - start} proposals were usable in iteration {iteration}, wanted "
                     f"{num_queries} queries; train the attacker longer, or raise attacker.max_proposals_per_query"
                 )
-            size = min(max(16, math.ceil((num_queries - admitted) / max(share, 0.05))), limit)
+            size = min(max(16, math.ceil((num_queries - admitted) / max(share, 0.05))), limit - (index - start))
             prompts = self._attack.propose(archive, size, seed=self._seed * 1_000_003 + iteration * 10_007 + index)
             async for chunk in self._write(prompts, iteration=iteration, first=index):
                 rows, queries = [], []

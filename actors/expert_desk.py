@@ -28,8 +28,9 @@ class ExpertDesk:
         asked = {case.response.response_id for case in cases}
         labels: dict[str, ExpertLabel] = {}
         for label in self._queue.labels_since(0).labels:
-            if label.item_id in asked:
-                labels.setdefault(label.item_id, label)
+            # The first decision counts; an abstention leaves the case to the next expert.
+            if label.item_id in asked and (label.item_id not in labels or labels[label.item_id].label is None):
+                labels[label.item_id] = label
         return labels
 
 

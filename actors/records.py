@@ -254,19 +254,20 @@ def to_table(records: Iterable[R], record_type: type[R]) -> pa.Table:
     """Return the records as an Arrow table with the schema of `record_type`.
 
     Raises:
-        ValueError: a required field is None (pyarrow itself lets a None into a non-nullable column).
+        ValueError: a required value is None, in a list or a nested record too (pyarrow itself lets it pass).
     """
     rows = list(records)
     schema = schema_of(record_type)
     columns = []
     for field in schema:
         values = [_plain(getattr(row, field.name)) for row in rows]
-        if not field.nullable and any(value is None for value in values):
-            position = next(i for i, value in enumerate(values) if value is None)
-            raise ValueError(
-                f"{record_type.__name__}.{field.name}: got None in row {position}, wanted {field.type}; "
-                "fill the field, or declare it `| None`"
-            )
+        for position, value in enumerate(values):
+            missing = _missing(value, field)
+            if missing is not None:
+                raise ValueError(
+                    f"{record_type.__name__}.{missing}: got None in row {position}, wanted {field.type}; "
+                    "fill the field, or declare it `| None`"
+                )
         columns.append(pa.array(values, type=field.type))
     return pa.Table.from_arrays(columns, schema=schema)
 
@@ -295,6 +296,23 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return [_plain(v) for v in value] if value and not isinstance(value[0], int | float | str) else list(value)
     return value
+
+
+def _missing(value: typing.Any, field: pa.Field[typing.Any]) -> str | None:
+    """Return the dotted name of the required field that is None in a plain value, or None when all is there."""
+    if value is None:
+        return None if field.nullable else field.name
+    kind: typing.Any = field.type
+    inner: list[tuple[typing.Any, pa.Field[typing.Any]]] = []
+    if pa.types.is_list(field.type):
+        item = kind.value_field
+        if item.type.num_fields == 0:
+            return field.name if None in value and not item.nullable else None
+        inner = [(each, part) for each in value for part in item.type]
+    elif pa.types.is_struct(field.type):
+        inner = [(value, part) for part in kind]
+    found = (_missing(each if each is None else each[part.name], part) for each, part in inner)
+    return next((f"{field.name}.{name}" for name in found if name is not None), None)
 
 
 def _typed(value: typing.Any, annotation: object) -> object:

@@ -32,7 +32,7 @@ class Rubric(Protocol):
 
 
 class StepMarks:
-    """Quote each part of the answer, recompute it beside the quote, mark it, and stop at the first flaw.
+    """Quote each part of the answer, recompute it beside the quote, mark it; then the label.
 
     `quote?recomputed` then `y` or `n`, and a final `P` or `F`. P(good) is the product of P(correct) over the marks and
     the final label, each normalised over its two labels (after GenRM, Zhang et al. 2024, arXiv 2408.15240, eq. for

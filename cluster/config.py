@@ -52,7 +52,7 @@ class Settings:
     values: dict[str, Any] = field(default_factory=dict)
     """Nested tables, as TOML gives them."""
     origins: dict[Key, str] = field(default_factory=dict)
-    """Where a key was last set: `file.toml:12` or the flag."""
+    """Where a key was last set: `file.toml:12` or `command line`."""
 
 
 def read_settings(path: Path) -> Settings:
@@ -104,7 +104,7 @@ def flag_settings(key: str, text: str) -> Settings:
     value: Any = _flag_value(text)
     for part in reversed(path):
         value = {part: value}
-    return Settings(values=value, origins={path: f"--{key}"})
+    return Settings(values=value, origins={path: "command line"})
 
 
 def validated(model: type[C], settings: Settings) -> C:
@@ -189,10 +189,16 @@ def plugin_config(package: str, *, default: str) -> Any:
     return Annotated[Union[tuple(members)], Discriminator(tag)]  # noqa: UP007 - the members are known at run time only
 
 
+def plugin_settings(package: str, kind: str, *, values: Mapping[str, Any] | None = None) -> PluginConfig:
+    """Return the settings of one plug-in, with its defaults where `values` says nothing."""
+    settings: PluginConfig = _plugin_model(package, kind).model_validate(values or {})
+    return settings
+
+
 @cache
-def _plugin_model(package: str, name: str) -> type[Config]:
+def _plugin_model(package: str, name: str) -> type[PluginConfig]:
     fields: dict[str, Any] = {"kind": (Literal[name], name)}
-    model: type[Config] = create_model(
+    model: type[PluginConfig] = create_model(
         f"{name}.Config", __base__=load_plugin(package, name, where=package).Config, **fields
     )
 
@@ -216,8 +222,9 @@ def _lines_of(details: ErrorDetails, *, model: type[Config], settings: Settings)
     path = _path_in_values(details["loc"], settings.values)
     if details["type"] == "value_error":
         messages = str(details["ctx"]["error"]).splitlines()
-        prefix = f"{'.'.join(path)}: " if path else ""
-        return [f"{_where(path, message, settings)}: {prefix}{message}" for message in messages]
+        # A section's own check names its field first, "dtype: got …": with the section that is the key.
+        prefix = ".".join(path) + ("." if re.match(r"\w+: got ", messages[0]) else ": ") if path else ""
+        return [f"{_where(path, prefix + message, settings)}: {prefix}{message}" for message in messages]
     if details["type"] == "json_invalid":
         return [f"settings: {details['msg']}"]
     return [f"{_where(path, '', settings)}: {'.'.join(path)}: {_found_and_wanted(details, path, model=model)}"]
@@ -322,14 +329,16 @@ def _path_in_values(loc: Sequence[int | str], values: dict[str, Any]) -> Key:
 
 def _where(path: Key, message: str, settings: Settings) -> str:
     """Return the place that set a key, or the nearest table around it or in it, or a key that the message names."""
+    named = [key for key in settings.origins if re.search(rf"(?<![\w.]){re.escape('.'.join(key))}(?!\w)", message)]
+    if named:
+        return settings.origins[max(named, key=lambda key: (message.startswith(".".join(key)), len(key)))]
     for length in range(len(path), 0, -1):
         if path[:length] in settings.origins:
             return settings.origins[path[:length]]
     inside = [key for key in settings.origins if path and key[: len(path)] == path]
     if inside:
         return settings.origins[inside[0]]
-    named = [key for key in settings.origins if re.search(rf"(?<![\w.]){re.escape('.'.join(key))}(?!\w)", message)]
-    return settings.origins[max(named, key=len)] if named else "settings"
+    return "settings"
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cluster.placement import release
 from cluster.ray_runtime import worker_stderr
-from cluster.weight_sync import ParityFailed, Weights, parity
+from cluster.weight_sync import ParityFailed, WeightAnswer, Weights, parity
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ LOST_REASONS = frozenset({"error", "abort"})
 """Finish reasons that are no answer: the sample is asked for again."""
 
 REMOTE_ERRORS = (RayError, TimeoutError)
+
+KILL_GRACE_S = 3.0
+"""How long a replica may take to end after Ray has been told to kill it."""
 
 
 class Request(Protocol):
@@ -279,6 +282,7 @@ class Pool(Generic[Req, Res]):
         self._was_ready = False
         self._failed_starts = 0
         self._next_start = 0.0
+        self._dying: list[tuple[float, psutil.Process]] = []
         self._num_lost = 0
         self._num_retried = 0
         self._retired = EngineStats(num_generated_tokens=0, num_prompt_tokens=0, busy_s=0.0, num_running=0)
@@ -398,14 +402,19 @@ class Pool(Generic[Req, Res]):
         if starting:
             # A start that is in its thread can't be cancelled; `_stop` ends what it gives.
             await asyncio.wait(starting, timeout=5)
+        dying = [process for _, process in self._dying]
+        _, alive = await asyncio.to_thread(psutil.wait_procs, dying, timeout=KILL_GRACE_S)
+        for process in alive:
+            _kill(process)
+        self._dying = []
 
     # ------------------------------------------------------------------------------------------------------ weights
 
     async def offer_weights(self, *, timeout_s: float) -> dict[int, float | Exception]:
         """Have every ready replica take `current`; return max |Δ log-prob| in nats, or what is wrong, by replica id.
 
-        From the offer to its acceptance no result of a replica leaves the pool. One that does not accept stays shut: its
-        requests go back to the queue, and the caller must quarantine it or offer it other weights.
+        From the offer to its acceptance no result of a replica leaves the pool. One that does not accept stays shut:
+        its requests go back to the queue, and the caller must quarantine it or offer it other weights.
         """
         weights = self.current
         assert weights is not None, "sync_weights sets pool.current first"
@@ -421,7 +430,7 @@ class Pool(Generic[Req, Res]):
         return {member.replica_id: answer for member, answer in zip(members, answers, strict=True)}
 
     async def wait_for_weights(self, *, timeout_s: float) -> dict[int, float]:
-        """Wait until a ready replica holds `current`; return max |Δ log-prob| in nats of those that do, {} when none."""
+        """Wait until a ready replica holds `current`; return max |Δ log-prob| in nats of those that do, or {}."""
         deadline = time.monotonic() + timeout_s
         while True:
             holders = {
@@ -446,7 +455,8 @@ class Pool(Generic[Req, Res]):
     async def _take_weights(self, member: _Member[Req, Res], weights: Weights, *, timeout_s: float) -> float:
         manifest, probe = weights
         member.may_answer.clear()
-        answer = await asyncio.wait_for(_answer(member.actor.apply_weights.remote(manifest, probe.token_ids)), timeout_s)
+        taken = member.actor.apply_weights.remote(manifest, probe.token_ids)
+        answer: WeightAnswer = await _within(timeout_s, taken)
         member.max_abs_diff = parity(answer, version=manifest.version, probe=probe)
         member.weights = weights
         member.last_progress = time.monotonic()
@@ -519,6 +529,7 @@ class Pool(Generic[Req, Res]):
             work.route.arrived.set()
 
     def _retry(self, works: Iterable[_Work[Req, Res]], *, member: _Member[Req, Res], reason: str, alone: bool) -> None:
+        again: list[_Work[Req, Res]] = []
         for work in works:
             work.attempts += 1
             work.tried |= {member.replica_id}
@@ -527,8 +538,9 @@ class Pool(Generic[Req, Res]):
             if work.attempts >= self._max_attempts:
                 self._give_up(work, reason=reason)
             else:
-                self._num_retried += 1
-                self._queue.appendleft(work)
+                again.append(work)
+        self._num_retried += len(again)
+        self._queue.extendleft(reversed(again))
         self._wakeup.set()
 
     # ------------------------------------------------------------------------------------------------------ calls
@@ -657,8 +669,9 @@ class Pool(Generic[Req, Res]):
                 self._reconcile()
                 self._dispatch()
                 self._watch()
+                self._reap()
                 try:
-                    await asyncio.wait_for(self._wakeup.wait(), interval_s)
+                    await _within(interval_s, self._wakeup.wait())
                 except TimeoutError:
                     continue
                 finally:
@@ -695,7 +708,7 @@ class Pool(Generic[Req, Res]):
             member.replica = await asyncio.shield(member.starting)
             if member.state is _State.GONE:
                 return
-            info: ReplicaInfo = await asyncio.wait_for(_answer(member.actor.ready.remote()), self._ready_timeout_s)
+            info: ReplicaInfo = await _within(self._ready_timeout_s, member.actor.ready.remote())
             member.process = _local_process(info)
             while member.weights is not self.current:
                 weights = self.current
@@ -730,7 +743,7 @@ class Pool(Generic[Req, Res]):
             return
         self._failed_starts += 1
         self._next_start = time.monotonic() + min(30.0, 0.25 * 2.0**self._failed_starts)
-        # A constructor that fails on the first start of all will fail again: a model that is not there, a wrong setting.
+        # A constructor that fails on the very first start will fail again: a missing model, a wrong setting.
         hopeless = not self._was_ready and isinstance(error, RayActorError) and error.actor_init_failed
         if hopeless or self._failed_starts > self._max_restarts:
             message = f"gave up after {self._failed_starts} failed starts; replica {member.replica_id} {reason}"
@@ -775,10 +788,20 @@ class Pool(Generic[Req, Res]):
         # Whoever waits for its permission to answer finds its call closed.
         member.may_answer.set()
         if member.replica is not None:
-            _end(member.replica, member.process)
+            ends_by = time.monotonic() + KILL_GRACE_S
+            self._dying += [(ends_by, process) for process in _tree(member.process)]
+            _end(member.replica)
         elif member.starting is not None:
             member.starting.add_done_callback(_end_late)
         self._notify()
+
+    def _reap(self) -> None:
+        """Kill what Ray's own kill did not end: a stopped or wedged process does not hear it, nor do its children."""
+        now = time.monotonic()
+        overdue = [process for ends_by, process in self._dying if now > ends_by]
+        self._dying = [(ends_by, process) for ends_by, process in self._dying if now <= ends_by]
+        for process in overdue:
+            _kill(process)
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -792,7 +815,7 @@ class Pool(Generic[Req, Res]):
         """Ask a silent replica for a canary; one that answers it and still gets nowhere is lost the second time."""
         silent_since = member.last_progress
         try:
-            await asyncio.wait_for(_answer(member.actor.check.remote()), self._canary_timeout_s)
+            await _within(self._canary_timeout_s, member.actor.check.remote())
         except REMOTE_ERRORS as error:
             silent_s = time.monotonic() - silent_since
             self._lose(member, reason=f"no result for {silent_s:.0f} s and no canary: {_first_line(error)}")
@@ -809,7 +832,7 @@ class Pool(Generic[Req, Res]):
         self, member: _Member[Req, Res], call: Callable[[Any], Awaitable[T]], *, timeout_s: float
     ) -> T | Exception:
         try:
-            return await asyncio.wait_for(_answer(call(member.actor)), timeout_s)
+            return await _within(timeout_s, call(member.actor))
         except RayActorError as error:
             self._lose(member, reason=_first_line(error))
             return error
@@ -843,13 +866,15 @@ class Pool(Generic[Req, Res]):
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            await _within(timeout_s, self._changed.wait())
         except TimeoutError:
             return
 
 
-async def _answer(ref: Awaitable[T]) -> T:
-    return await ref
+async def _within(timeout_s: float | None, awaitable: Awaitable[T]) -> T:
+    """Await with a deadline; `asyncio.wait_for` swallows a cancellation that meets the result (Python 3.11)."""
+    async with asyncio.timeout(timeout_s):
+        return await awaitable
 
 
 def _checked_count(name: str, num_replicas: int) -> int:
@@ -877,31 +902,34 @@ def _local_process(info: ReplicaInfo) -> psutil.Process | None:
         return None
 
 
-def _end(replica: Replica, process: psutil.Process | None) -> None:
+def _end(replica: Replica) -> None:
     if not ray.is_initialized():
         return
     ray.kill(replica.actor)
-    if process is not None:
-        # A stopped or wedged process does not hear Ray; workers of its own would outlive it.
-        for one in [*_children(process), process]:
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                continue
     if replica.placement_group is not None:
         release(replica.placement_group)
 
 
 def _end_late(starting: asyncio.Future[Replica]) -> None:
     if not starting.cancelled() and starting.exception() is None:
-        _end(starting.result(), None)
+        _end(starting.result())
 
 
-def _children(process: psutil.Process) -> list[psutil.Process]:
+def _tree(process: psutil.Process | None) -> list[psutil.Process]:
+    """Return a replica's process and the workers that it started itself."""
+    if process is None:
+        return []
     try:
-        return process.children(recursive=True)
+        return [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
         return []
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ import psutil
 import ray
 from pydantic import Field
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 from cluster.config import Config
 
@@ -113,7 +114,7 @@ def worker_stderr(*, pid: int, num_lines: int = 20) -> str:
 
     `ActorDiedError` carries none of it, and Ray's own log API needs the dashboard.
     """
-    node = ray._private.worker._global_node  # no public way to the log directory without the dashboard (Ray 2.60)
+    node = ray_worker._global_node  # no public way to the log directory without the dashboard (Ray 2.60)
     if node is None:
         return ""
     files = sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"))
@@ -123,7 +124,8 @@ def worker_stderr(*, pid: int, num_lines: int = 20) -> str:
         stream.seek(0, os.SEEK_END)
         stream.seek(max(0, stream.tell() - 32_768))
         text = stream.read().decode("utf-8", errors="replace")
-    return "\n".join(text.splitlines()[-num_lines:])
+    # Ray's own markers (":job_id:01000000") say nothing.
+    return "\n".join([line for line in text.splitlines() if not line.startswith(":")][-num_lines:])
 
 
 def _start_local(config: RayConfig) -> RayRuntime:
@@ -140,14 +142,14 @@ def _start_local(config: RayConfig) -> RayRuntime:
     token_path = ensure_token(config.token_path)
     python_path = os.environ.get("PYTHONPATH", "")
     environment: dict[str, str | None] = {
-        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_MODE": None,  # then ray.init turns the token on, here too: the variable itself was read at the import
         "RAY_USAGE_STATS_ENABLED": "0",
         # Else every Ray process listens on all interfaces, even with 127.0.0.1 as the node's address (Ray 2.60).
         LOOPBACK_SWITCH: "0",
         "PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), *([python_path] if python_path else [])]),
         **({} if token_path is None else {"RAY_AUTH_TOKEN_PATH": str(token_path)}),
     }
-    shm_before = frozenset(_shm_files())
+    shm_before = frozenset(shm_files())
     restore = _set_environment(environment)
     clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # it was read from the environment when Ray was imported
@@ -167,11 +169,14 @@ def _start_local(config: RayConfig) -> RayRuntime:
         )
     except BaseException:
         ray.shutdown()
+        # Of a start that failed half-way Ray itself leaves processes behind.
+        _end_processes([p for p in _children(psutil.Process()) if str(session_dir) in _command(p)])
         _set_environment(restore)
         shutil.rmtree(session_dir, ignore_errors=True)
         raise
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
+    assert os.environ.get("RAY_AUTH_MODE") == "token", "ray.init of a local cluster turns token authentication on"
     runtime = RayRuntime(
         address=context.address_info["gcs_address"],
         is_local=True,
@@ -190,7 +195,7 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
     token_path = config.token_path
     environment: dict[str, str | None] = {"RAY_USAGE_STATS_ENABLED": "0"}
     if token_path is not None:
-        environment |= {"RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_MODE": "token"}
+        environment |= {"RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_MODE": None}
     restore = _set_environment(environment)
     _quiet_ray_logger()
     # Excludes are Ray's gitignore-like patterns; without them the virtual environment would be sent.
@@ -269,6 +274,12 @@ def _quiet_ray_logger() -> None:
     ray_logger.setLevel(logging.WARNING)
     if not logging.getLogger().handlers:
         ray_logger.addHandler(logging.NullHandler())
+    # Ray prints "(raylet) A worker died …" to stdout even with log_to_driver=False (2.60).
+    ray_worker.print_to_stdstream = _log_ray_message
+
+
+def _log_ray_message(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logger.info("%s: %s", data.get("pid"), " ".join(data.get("lines", [])))
 
 
 def _set_environment(values: dict[str, str | None]) -> dict[str, str | None]:
@@ -282,11 +293,15 @@ def _set_environment(values: dict[str, str | None]) -> dict[str, str | None]:
     return before
 
 
-def _is_ray_process(process: psutil.Process) -> bool:
+def _command(process: psutil.Process) -> str:
     try:
-        command = " ".join(process.cmdline())
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return False
+        return ""
+
+
+def _is_ray_process(process: psutil.Process) -> bool:
+    command = _command(process)
     return command.startswith("ray::") or f"{os.sep}ray{os.sep}" in command or "raylet" in command
 
 
@@ -309,18 +324,18 @@ def _end_processes(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
-def _shm_files() -> set[str]:
+def shm_files() -> set[str]:
     folder = Path("/dev/shm")
     return {entry.name for entry in folder.iterdir()} if sys.platform == "linux" and folder.is_dir() else set()
 
 
 def _remove_own_shm(before: frozenset[str]) -> None:
     """Remove what killed engines left in shared memory: new files of ours that no living process maps."""
-    left = [Path("/dev/shm") / name for name in _shm_files() - before]
+    left = [Path("/dev/shm") / name for name in shm_files() - before]
     ours = [path for path in left if path.name.startswith(("psm_", "sem.mp-", "torch_")) and _is_mine(path)]
     if not ours:
         return
-    mapped = _mapped_shm()
+    mapped = mapped_shm()
     for path in ours:
         if str(path) not in mapped:
             logger.warning("removing %s, left behind by a killed process", path)
@@ -334,7 +349,7 @@ def _is_mine(path: Path) -> bool:
         return False
 
 
-def _mapped_shm() -> set[str]:
+def mapped_shm() -> set[str]:
     """Return the /dev/shm files that any process of this user maps."""
     mapped: set[str] = set()
     for process in psutil.process_iter():

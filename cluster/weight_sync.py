@@ -3,7 +3,8 @@
     put_weights ──► WeightManifest ──► sync_weights(pool) ──► every replica: apply_weights ──► WeightAnswer ──► parity
     (one ray.put per bucket)           (writes pool.current before the fan-out)          (refused: quarantined)
 
-Knows nothing of engines: what a replica does with the tensors is its own business.
+Knows nothing of engines: what a replica does with the tensors is its own business. torch is imported where tensors are
+made: a pool whose replicas have no weights does not pay its second and a half.
 
 The buckets live as long as the process that called `put_weights`: when it dies they are gone (`OwnerDiedError`), and a
 replica that restarts cannot take them any more until the next publish.
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import ray
-import torch
 from ray.exceptions import RayActorError
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,8 @@ def put_weights(
     Raises:
         ValueError: two tensors with one name, no tensor at all, or `bucket_bytes` < 1.
     """
+    import torch
+
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes: got {bucket_bytes}, wanted at least 1; the default is 256 MiB")
     specs: list[TensorSpec] = []
@@ -310,7 +314,7 @@ def _aligned(offset: int) -> int:
 
 
 def _put_bucket(data: Bytes) -> Bucket:
-    return Bucket(ref=ray.put(data), size_bytes=data.size, checksum=zlib.crc32(memoryview(data)))
+    return Bucket(ref=ray.put(data), size_bytes=data.size, checksum=zlib.crc32(data.data))
 
 
 def _checked_bucket(manifest: WeightManifest, index: int) -> Bytes:
@@ -319,7 +323,7 @@ def _checked_bucket(manifest: WeightManifest, index: int) -> Bytes:
     where = f"weights {manifest.version}: bucket {index} of {len(manifest.buckets)}"
     if data.size != bucket.size_bytes:
         raise CorruptBucket(f"{where} has {data.size} bytes, wanted {bucket.size_bytes}; publish the weights again")
-    checksum = zlib.crc32(memoryview(data))
+    checksum = zlib.crc32(data.data)
     if checksum != bucket.checksum:
         raise CorruptBucket(
             f"{where} has checksum {checksum:08x}, wanted {bucket.checksum:08x}; publish the weights again"
@@ -328,6 +332,8 @@ def _checked_bucket(manifest: WeightManifest, index: int) -> Bytes:
 
 
 def _view(data: Bytes, *, spec: TensorSpec, version: str) -> torch.Tensor:
+    import torch
+
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CorruptBucket(f"weights {version}: {spec.name} has the unknown dtype {spec.dtype!r}")

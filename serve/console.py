@@ -28,7 +28,7 @@ COLUMNS = ("iter", "attack success", "probe accuracy", "critic agrees", "to expe
 
 
 class RunConsole:
-    """A `trainers.progress.Progress` that writes to a stream; a context manager, since a terminal must be given back."""
+    """A `trainers.progress.Progress` that writes to a stream; a context manager, as a terminal must be given back."""
 
     def __init__(self, stream: TextIO) -> None:
         self._rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
@@ -75,7 +75,7 @@ class RunConsole:
             ended = total is not None and done >= total
             if self.live:
                 self._show_bar(name, done=done, total=total, rate=rate)
-            elif ended or now - self._said.get(name, 0.0) >= PLAIN_INTERVAL_S:
+            elif ended or now - self._said.setdefault(name, now) >= PLAIN_INTERVAL_S:
                 self._said[name] = now
                 self._line(_plain_stage(name, done=done, total=total, rate=rate, seconds=now - begun))
             if ended:
@@ -87,6 +87,8 @@ class RunConsole:
         with self._lock:
             for name in list(self._tasks):
                 self._bars.remove_task(self._tasks.pop(name))
+            # Lines are printed above the bars as they were last drawn.
+            self._bars.refresh()
             self._begun.clear()
             self._said.clear()
             if not self._has_header:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import ray
@@ -24,8 +25,9 @@ from actors.chat import encode_chat, load_tokenizer
 from actors.domains import Demonstration, Domain, Role
 from cluster.config import Config
 from trainers.base_model import END, BaseModelConfig, write_base_model
+from trainers.losses.pretraining import Config as PretrainingConfig
 from trainers.progress import Progress
-from trainers.training_group import TrainingConfig, TrainingGroup, TrainingPlan
+from trainers.training_group import ModelSource, StepReport, TrainingConfig, TrainingGroup, TrainingPlan
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +38,21 @@ CACHE_FORMAT = 1
 class BootstrapConfig(Config):
     """How the base model is trained."""
 
-    steps: int = Field(default=1600, ge=1)
+    steps: int = Field(default=1400, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(default=48, ge=1)
+    batch_size: int = Field(default=40, ge=1)
     """Demonstrations per optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Muon learns this in about half the tokens that AdamW takes."""
     learning_rate: float = Field(default=3e-3, gt=0.0)
     """Peak learning rate; cosine schedule."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay of matrices."""
+    easy_first_share: float = Field(default=0.2, ge=0.0, lt=1.0)
+    """Share of the steps whose critic demonstrations are the shortest problems only: a curriculum."""
     attacker_share: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of demonstrations of the attacker's role."""
-    learner_share: float = Field(default=0.25, ge=0.0, le=1.0)
+    learner_share: float = Field(default=0.12, ge=0.0, le=1.0)
     """Share of demonstrations of the learner's role; the critic's role has the rest."""
     num_chunks: int = Field(default=10, ge=1)
     """The data is made and handed over in this many pieces; one tick of the progress bar each."""
@@ -59,6 +67,8 @@ class BootstrapResult:
     """0 when it came from the cache."""
     gold: dict[str, int]
     """Demonstrations whose content was known to be right by construction, by role (SCIENCE §1)."""
+    group: TrainingGroup | None
+    """The group that trained it, still running, for whoever trains next; None when it came from the cache."""
 
 
 def cache_key(
@@ -74,13 +84,14 @@ def demonstration_mix(domain: Domain, config: BootstrapConfig, *, seed: int) -> 
     """Yield the bootstrap's demonstrations in chunks, roles mixed by their shares, the same for the same seed."""
     rng = random.Random(f"bootstrap/{seed}")
     per_chunk = config.steps * config.batch_size // config.num_chunks
-    for _ in range(config.num_chunks):
+    for chunk in range(config.num_chunks):
+        easy = chunk < round(config.easy_first_share * config.num_chunks)
         num_attacker = round(per_chunk * config.attacker_share)
         num_learner = round(per_chunk * config.learner_share)
         rows = [
             *domain.demonstrations(Role.ATTACKER, rng=rng, num=num_attacker),
             *domain.demonstrations(Role.LEARNER, rng=rng, num=num_learner),
-            *domain.demonstrations(Role.CRITIC, rng=rng, num=per_chunk - num_attacker - num_learner),
+            *domain.demonstrations(Role.CRITIC, rng=rng, num=per_chunk - num_attacker - num_learner, easy=easy),
         ]
         rng.shuffle(rows)
         yield rows
@@ -102,57 +113,79 @@ async def bootstrap(
     target = cache_dir / f"bootstrap-{key}"
     if (target / "bootstrap.json").is_file():
         gold = json.loads((target / "bootstrap.json").read_text())["gold"]
-        return BootstrapResult(model_dir=target, seconds=0.0, gold=gold)
+        return BootstrapResult(model_dir=target, seconds=0.0, gold=gold, group=None)
     begin = time.monotonic()
     start_dir = cache_dir / f".{target.name}.start"
     write_base_model(start_dir, base_model, seed=seed)
-    tokenizer = load_tokenizer(start_dir)
-    end_id = tokenizer.convert_tokens_to_ids(END)
     group = TrainingGroup(
-        name="bootstrap",
-        model_dir=start_dir,
+        name="learner_group",
+        source=ModelSource(path=str(start_dir)),
         config=training.model_copy(
             update={
                 "batch_size": config.batch_size,
+                "optimizer": config.optimizer,
                 "learning_rate": config.learning_rate,
                 "schedule": "cosine",
                 "warmup_steps": min(50, config.steps // 10),
                 "total_steps": config.steps,
-                "weight_decay": 0.1,
+                "weight_decay": config.weight_decay,
                 "seed": seed,
             }
         ),
     )
-    gold = {role.value: 0 for role in Role}
     await group.start()
     try:
-        num_done = 0
-        for chunk, rows in enumerate(demonstration_mix(domain, config, seed=seed)):
-            ids = [f"{chunk}/{i}" for i in range(len(rows))]
-            table = pa.table(
-                {
-                    "row_id": ids,
-                    "prompt_token_ids": [encode_chat(tokenizer, row.messages) for row in rows],
-                    "response_token_ids": [
-                        [*tokenizer.encode(row.response, add_special_tokens=False), end_id] for row in rows
-                    ],
-                }
-            )
-            for row in rows:
-                gold[row.role.value] += 1
-            plan = TrainingPlan.of(ids, batch_size=config.batch_size, epochs=1, seed=seed)
-            report = await group.update(ray.put(table), loss="pretraining", loss_config=None, plan=plan)
-            num_done += len(report.steps)
-            progress.stage("bootstrap", done=num_done, total=config.steps)
-            logger.info("bootstrap: %d of %d steps, loss %.4f", num_done, config.steps, report.means["loss"])
+        gold = await _train(group, config, start_dir=start_dir, domain=domain, seed=seed, progress=progress)
         building = cache_dir / f".{target.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         await group.export(building)
-    finally:
+    except BaseException:
         await group.shutdown()
+        raise
     seconds = time.monotonic() - begin
     (building / "bootstrap.json").write_text(json.dumps({"gold": gold, "seconds": seconds, "seed": seed}))
     shutil.rmtree(start_dir, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
-    return BootstrapResult(model_dir=target, seconds=seconds, gold=gold)
+    return BootstrapResult(model_dir=target, seconds=seconds, gold=gold, group=group)
+
+
+async def _train(
+    group: TrainingGroup,
+    config: BootstrapConfig,
+    *,
+    start_dir: Path,
+    domain: Domain,
+    seed: int,
+    progress: Progress,
+) -> dict[str, int]:
+    """Train on the demonstrations and return how many of each role there were."""
+    tokenizer = load_tokenizer(start_dir)
+    end_id = tokenizer.convert_tokens_to_ids(END)
+    counts = {role.value: 0 for role in Role}
+    num_done = 0
+
+    def tick(report: StepReport) -> None:
+        nonlocal num_done
+        num_done += 1
+        progress.stage("bootstrap", done=num_done, total=config.steps)
+
+    for chunk, rows in enumerate(demonstration_mix(domain, config, seed=seed)):
+        for row in rows:
+            counts[row.role.value] += 1
+        ids = [f"{chunk}/{i}" for i in range(len(rows))]
+        table = pa.table(
+            {
+                "row_id": ids,
+                "prompt_token_ids": [encode_chat(tokenizer, row.messages) for row in rows],
+                "response_token_ids": [
+                    [*tokenizer.encode(row.response, add_special_tokens=False), end_id] for row in rows
+                ],
+            }
+        )
+        plan = TrainingPlan.of(ids, batch_size=config.batch_size, epochs=1, seed=seed)
+        report = await group.update(
+            ray.put(table), loss="pretraining", loss_config=PretrainingConfig(), plan=plan, on_step=tick
+        )
+        logger.info("bootstrap: %d of %d steps, %s", num_done, config.steps, report.means)
+    return counts

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,19 @@ class DriverConfig:
 
 class Stopped(Exception):
     """The user asked the loop to stop; everything up to the last commit is safe, and what is logged is kept."""
+
+
+@asynccontextmanager
+async def streams() -> AsyncIterator[asyncio.TaskGroup]:
+    """Run tasks that feed one another; what ends one ends all, and is raised as it is, not as a group of one."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +191,7 @@ class Driver:
         rollouts = await self._logged(iteration, archive=self.state.archive)
         wanted = self._config.loop.queries_per_iteration
         with self._clock.stage("rollout"):
-            async with asyncio.TaskGroup() as tasks:
+            async with streams() as tasks:
                 known = list(rollouts.queries.values())
                 tasks.create_task(self._respond(known, rollouts, tasks))
                 self._critique(list(rollouts.responses.values()), rollouts, tasks)
@@ -342,7 +356,8 @@ class Driver:
         self.state.gold = Counter(self._gold.counts)
         if metrics is not None:
             append_metrics(self._store.path, metrics)
-        self._store.commit(
+        await asyncio.to_thread(
+            self._store.commit,
             iteration,
             state=self.state.snapshot(),
             checkpoint=digest_directory(checkpoint, root=self._store.path),

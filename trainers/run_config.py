@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -25,6 +25,7 @@ from cluster.config import (
     flag_settings,
     layered,
     plugin_config,
+    plugin_settings,
     read_settings,
     validated,
 )
@@ -34,12 +35,14 @@ from trainers.bootstrap import BootstrapConfig
 from trainers.driver import LoopConfig
 from trainers.evaluation import EvaluationConfig
 from trainers.preferences import PreferenceConfig
-from trainers.training_group import TrainingConfig
+from trainers.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from cluster.config import PluginConfig
 
-    Domain = Attack = Loss = PluginConfig
+    Domain: TypeAlias = PluginConfig
+    Attack: TypeAlias = PluginConfig
+    Loss: TypeAlias = PluginConfig
 else:
     Domain = plugin_config("actors.domains", default="arithmetic")
     Attack = plugin_config("actors.attacks", default="quality_diversity")
@@ -96,7 +99,7 @@ class LearnerSection(Config):
 
     model: str = BOOTSTRAP
     """A Hugging Face directory or "bootstrap"."""
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = TrainingConfig(batch_size=64, learning_rate=1e-4, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
 
 
@@ -111,13 +114,13 @@ class RunConfig(Config):
     """Where run directories are made."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Where labels may come from."""
-    domain: Domain = Field(default={"kind": "arithmetic"})
+    domain: Domain = plugin_settings("actors.domains", "arithmetic")
     """The world that queries live in: `kind` names a file of actors/domains."""
     base_model: BaseModelConfig = BaseModelConfig()
     """Shape of the model that "bootstrap" stands for."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     """How that model is trained."""
-    attack: Attack = Field(default={"kind": "quality_diversity"})
+    attack: Attack = plugin_settings("actors.attacks", "quality_diversity")
     """Where the attacker looks next: `kind` names a file of actors/attacks."""
     attacker: AttackerSection = AttackerSection()
     """The attacker's pool."""
@@ -131,7 +134,7 @@ class RunConfig(Config):
     """The simulated expert."""
     preferences: PreferenceConfig = PreferenceConfig()
     """How pairs are chosen."""
-    loss: Loss = Field(default={"kind": "dpo"})
+    loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 0.1})
     """What the learner is trained on: `kind` names a file of trainers/losses."""
     learner: LearnerSection = LearnerSection()
     """The model that is trained."""

@@ -47,7 +47,7 @@ from trainers.summary import (
     summarise_pairs,
     write_summary,
 )
-from trainers.training_group import TrainingGroup
+from trainers.training_group import ModelSource, TrainingGroup
 
 logger = logging.getLogger(__name__)
 
@@ -175,12 +175,17 @@ async def _start_roles(
             num_replicas=replicas,
             log_path=store.path / "engines.log",
         )
-    group = TrainingGroup(name="learner", model_dir=_model(config.learner.model, base), config=config.learner.training)
+    source = ModelSource(path=str(_model(config.learner.model, base)))
+    running = None if base is None else base.group
+    group = running or TrainingGroup(name="learner_group", source=source, config=config.learner.training)
     for pool in pools.values():
         stack.push_async_callback(pool.shutdown)
     stack.push_async_callback(group.shutdown)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(group.start())
+        if running is None:
+            tasks.create_task(group.start())
+        else:
+            tasks.create_task(group.reopen(config=config.learner.training, source=source))
         for pool in pools.values():
             tasks.create_task(pool.start())
     queue = ExpertQueue(store.path / "labels" / "queue.sqlite3")

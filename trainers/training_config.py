@@ -23,6 +23,9 @@ class TrainingConfig(Config):
     """Rows (pairs, documents) per optimizer step, over all ranks."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Greatest number of tokens, padding included, in one forward pass of one rank; a longer row goes alone."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside the blocks (Jordan et al. 2024), AdamW for the rest; zero_stage 0
+    only."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Greatest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -57,11 +60,15 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.dtype == "bf16" and self.zero_stage == 0:
-            raise ValueError('dtype: got "bf16" with zero_stage = 0, which has no fp32 master weights; set zero_stage = 1')
+            raise ValueError('dtype: got "bf16" with zero_stage = 0, which keeps no fp32 weights; set zero_stage = 1')
+        if self.optimizer == "muon" and self.zero_stage != 0:
+            raise ValueError(f'optimizer: got "muon" with zero_stage = {self.zero_stage}, wanted 0; or use "adamw"')
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(f'total_steps: got nothing with schedule = "{self.schedule}", wanted the number of steps')
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
-            raise ValueError(f"total_steps: got {self.total_steps}, wanted more than warmup_steps = {self.warmup_steps}")
+            raise ValueError(
+                f"total_steps: got {self.total_steps}, wanted more than warmup_steps ({self.warmup_steps})"
+            )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, wanted two numbers in [0, 1)")
         return self

@@ -92,8 +92,8 @@ class Domain(Protocol):
         """Return whether a response has the form of an answer (not whether it is right)."""
         ...
 
-    def demonstrations(self, role: Role, *, rng: random.Random, num: int) -> list[Demonstration]:
-        """Return examples of a role's behaviour, from train problems only."""
+    def demonstrations(self, role: Role, *, rng: random.Random, num: int, easy: bool = False) -> list[Demonstration]:
+        """Return examples of a role's behaviour, from train problems only; `easy` ones are short (a curriculum)."""
         ...
 
 

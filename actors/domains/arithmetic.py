@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import Field
 
@@ -29,8 +29,12 @@ from cluster.config import Config as BaseConfig
 
 QUERY = re.compile(r"(\d{1,6})([+-])(\d{1,6})")
 ANSWER = re.compile(r"(\d[+-]\d[+-]\d=\d\d )+\d+")
-FLAWS = ("carry_in", "carry_in", "left_digit", "right_digit", "column", "digit", "digit", "carry_out", "result")
-"""Kinds of planted flaws; a kind that stands twice is drawn twice as often."""
+FLAWS = ("carry_in", "carry_in", "carry_in", "left_digit", "right_digit", "column", "digit", "digit", "carry_out")
+"""Kinds of planted flaws of a column; a kind that stands twice is drawn twice as often."""
+FLAW_RATES = (0.15, 0.3, 0.5)
+"""Chance of a flaw in each column; one of these is drawn for each flawed answer."""
+RESULT_FLAW_RATE = 0.12
+"""Chance that a flawed answer's result does not follow from its columns."""
 
 
 class Config(BaseConfig):
@@ -40,8 +44,8 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.12, ge=0.0, le=1.0)
-    """Share of the learner's demonstrations drawn from all cells; the others come from the easy ones."""
+    hard_share: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of the learner's demonstrations drawn from all cells; the others carry nothing, which is its weakness."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
 
@@ -82,30 +86,32 @@ def write_answer(left: int, op: str, right: int) -> str:
     >>> write_answer(52, "-", 19)
     '2-9-0=13 5-1-1=03 33'
     """
-    return _write(left, op, right, flaw=None, at=0, rng=random.Random(0))
+    return _write(left, op, right, flaws={}, wrong_result=False, rng=random.Random(0))
 
 
 def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -> str:
-    """Return an answer into which a flaw of one of the kinds FLAWS was planted and carried through.
+    """Return an answer into which flaws of the kinds FLAWS were planted, and carried through.
 
-    The plant can miss (two equal columns exchanged, say): the result may then be flawless, as a critique will say.
+    A plant can miss (two equal columns exchanged, say): the result may then be flawless, as a critique will say.
     """
-    return _write(left, op, right, flaw=rng.choice(FLAWS), at=rng.randrange(len(str(left))), rng=rng)
+    rate = rng.choice(FLAW_RATES)
+    flaws: dict[int, str] = {}
+    wrong_result = False
+    while not flaws and not wrong_result:
+        flaws = {column: rng.choice(FLAWS) for column in range(len(str(left))) if rng.random() < rate}
+        wrong_result = rng.random() < RESULT_FLAW_RATE
+    return _write(left, op, right, flaws=flaws, wrong_result=wrong_result, rng=rng)
 
 
 def write_critique(left: int, op: str, right: int, answer: str) -> str:
-    """Return the critique of an answer with as many parts as the right one: quote, recompute, mark, up to the first flaw.
+    """Return the critique of an answer with as many parts as the right one: quote, recompute, mark; then the label.
 
     >>> write_critique(47, "+", 86, "7+6+0=13 4+8+0=12 123")
-    '7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13nF'
+    '7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n123?133nF'
     """
-    text = ""
-    for quote, mine in zip(answer.split(" "), write_answer(left, op, right).split(" "), strict=True):
-        text += f"{quote}?{mine}"
-        if quote != mine:
-            return text + "nF"
-        text += "y"
-    return text + "P"
+    parts = zip(answer.split(" "), write_answer(left, op, right).split(" "), strict=True)
+    marked = [f"{quote}?{mine}{'y' if quote == mine else 'n'}" for quote, mine in parts]
+    return "".join(marked) + ("P" if all(mark.endswith("y") for mark in marked) else "F")
 
 
 class Arithmetic:
@@ -182,14 +188,16 @@ class Arithmetic:
             and response.count(" ") == int(problem.facets[1])
         )
 
-    def demonstrations(self, role: Role, *, rng: random.Random, num: int) -> list[Demonstration]:
-        """Return examples of a role's behaviour, from train problems in scope only."""
+    def demonstrations(self, role: Role, *, rng: random.Random, num: int, easy: bool = False) -> list[Demonstration]:
+        """Return examples of a role's behaviour, from train problems in scope; easy ones have the fewest digits."""
         write = {
             Role.ATTACKER: self._attacker_demonstration,
             Role.LEARNER: self._learner_demonstration,
             Role.CRITIC: self._critic_demonstration,
         }[role]
-        return [write(rng) for _ in range(num)]
+        shortest = str(min(self._config.digits))
+        cells = [cell for cell in self.cells() if not easy or cell[1] == shortest]
+        return [write(cells, rng) for _ in range(num)]
 
     def critic_messages(self, query: str, response: str) -> tuple[Message, ...]:
         """Return the prompt that puts a query and a response to the critic."""
@@ -202,14 +210,14 @@ class Arithmetic:
             if problem is not None and problem.facets == cell and problem.split == Split.TRAIN:
                 return left, op, right
 
-    def _attacker_demonstration(self, rng: random.Random) -> Demonstration:
-        cell = rng.choice(self.cells())
+    def _attacker_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
+        cell = rng.choice(cells)
         left, op, right = self._train_problem(cell, rng)
         return Demonstration(role=Role.ATTACKER, messages=self.attack_messages(cell), response=f"{left}{op}{right}")
 
-    def _learner_demonstration(self, rng: random.Random) -> Demonstration:
-        easy = [cell for cell in self.cells() if cell[1] == "2" or cell[2] == "0"]
-        cell = rng.choice(self.cells() if rng.random() < self._config.hard_share else easy)
+    def _learner_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
+        uncarried = [cell for cell in cells if cell[2] == "0"]
+        cell = rng.choice(cells if rng.random() < self._config.hard_share else uncarried)
         left, op, right = self._train_problem(cell, rng)
         return Demonstration(
             role=Role.LEARNER,
@@ -217,8 +225,8 @@ class Arithmetic:
             response=write_answer(left, op, right),
         )
 
-    def _critic_demonstration(self, rng: random.Random) -> Demonstration:
-        left, op, right = self._train_problem(rng.choice(self.cells()), rng)
+    def _critic_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
+        left, op, right = self._train_problem(rng.choice(cells), rng)
         flawed = rng.random() < self._config.flawed_share
         answer = write_flawed_answer(left, op, right, rng=rng) if flawed else write_answer(left, op, right)
         return Demonstration(
@@ -285,32 +293,33 @@ def _column_pairs(op: str, carry: int, *, carries: bool, leading: bool) -> Itera
                 yield x, y
 
 
-def _write(left: int, op: str, right: int, *, flaw: str | None, at: int, rng: random.Random) -> str:
+def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], wrong_result: bool, rng: random.Random) -> str:
     xs, ys = [int(c) for c in reversed(str(left))], [int(c) for c in reversed(str(right))]
     ys += [0] * (len(xs) - len(ys))
     carry, parts, digits = 0, [], []
     for column, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        planted = flaw if column == at else None
-        if planted == "carry_in":
+        flaw = flaws.get(column)
+        if flaw == "carry_in":
             carry = 1 - carry
-        elif planted == "left_digit":
+        elif flaw == "left_digit":
             x = _other_digit(x, rng)
-        elif planted == "right_digit":
+        elif flaw == "right_digit":
             y = _other_digit(y, rng)
-        elif planted == "column":
+        elif flaw == "column":
             x, y = rng.choice(xs), rng.choice(ys)
         total = x + y + carry if op == "+" else x - y - carry
         out, digit = (total // 10, total % 10) if op == "+" else (int(total < 0), total % 10)
-        if planted == "digit":
+        if flaw == "digit":
             digit = (digit + rng.choice((1, 9, 1, 9, 2, 8, 3, 5, 7))) % 10
-        elif planted == "carry_out":
+        elif flaw == "carry_out":
             out = 1 - out
         parts.append(f"{x}{op}{y}{op}{carry}={out}{digit}")
         digits.append(digit)
         carry = out
     if op == "+":
         digits.append(carry)
-    if flaw == "result":
+    if wrong_result:
+        at = rng.randrange(len(digits))
         digits[at] = _other_digit(digits[at], rng)
     return " ".join([*parts, str(int("".join(str(d) for d in reversed(digits))))])
 

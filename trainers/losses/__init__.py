@@ -73,7 +73,7 @@ class PairBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """Tokens with a mask; log-prob and mask at [b, t] belong to the token *at* t, not to the position that predicts it."""
+    """Tokens with a mask; log-prob and mask at [b, t] belong to the token *at* t, not to its predictor."""
 
     logprobs: Tensor
     """(B, T); column 0 has no predictor and is never a target."""

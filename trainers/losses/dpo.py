@@ -1,9 +1,9 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), with an NLL term on the chosen.
 
-L = softplus(-beta * delta) + nll_weight * nll, where delta = h_w - h_l, h = log pi - log ref, on log-probs **summed** over
-the response. Ours differs in the optional second term: nll = -(sum of chosen log-probs) / (number of chosen tokens), both
-summed over the global batch, so that its weight means the same for short and for long responses; without it the
-likelihood of the chosen may fall while the margin grows.
+L = softplus(-beta * delta) + nll_weight * nll, where delta = h_w - h_l, h = log pi - log ref, on log-probs **summed**
+over the response. Ours differs in the optional second term: nll = -(sum of chosen log-probs) / (number of chosen
+tokens), both summed over the global batch, so that its weight means the same for short and for long responses; without
+it the likelihood of the chosen may fall while the margin grows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,239 @@
+"""A run's settings: how files and flags compose, and the one line that each mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.config import ConfigError, Settings, describe, flag_settings, layered, plugin_names, read_settings
+from trainers.run_config import RunConfig, load_run_config, read_resolved
+
+
+def written(folder: Path, text: str, name: str = "a.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(folder: Path, text: str, *flags: tuple[str, str]) -> list[str]:
+    """Return what is wrong with one file and flags, the folder's name left out."""
+    with pytest.raises(ConfigError) as caught:
+        load_run_config([written(folder, text)], flags=flags)
+    return [line.replace(f"{folder}/", "") for line in caught.value.problems]
+
+
+def test_later_files_and_then_flags_win(tmp_path: Path) -> None:
+    one = written(tmp_path, "seed = 1\n[critic]\nreplicas = 2\n[loop]\nepochs = 3\n", "one.toml")
+    two = written(tmp_path, "seed = 2\n[critic]\nreplicas = 4\n", "two.toml")
+    config = load_run_config([one, two], flags=[("critic.replicas", "6"), ("rollouts.sampling.max-tokens", "40")])
+    assert (config.seed, config.critic.replicas, config.loop.epochs) == (2, 6, 3)
+    assert config.rollouts.sampling.max_tokens == 40
+
+
+def test_keys_that_a_file_leaves_out_keep_the_sections_defaults(tmp_path: Path) -> None:
+    config = load_run_config([written(tmp_path, "[critic.engine]\nthreads = 2\n[loss]\nbeta = 0.3\n")])
+    assert config.critic.engine.model == RunConfig().critic.engine.model
+    assert config.loss.model_dump() == {**RunConfig().loss.model_dump(), "beta": 0.3}
+
+
+def test_another_kind_of_plugin_takes_its_own_defaults(tmp_path: Path) -> None:
+    config = load_run_config([written(tmp_path, '[loss]\nkind = "sft"\n')])
+    assert config.loss.model_dump() == {"kind": "sft"}
+
+
+def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = load_run_config([], flags=[("loss.beta", "0.25"), ("name", "x1")])
+    written(tmp_path, config.model_dump_json(), "resolved.json")
+    assert read_resolved(tmp_path / "resolved.json") == config
+
+
+def test_plugin_settings_travel_by_pickle() -> None:
+    assert pickle.loads(pickle.dumps(RunConfig())) == RunConfig()
+
+
+def test_every_key_has_a_meaning() -> None:
+    keys = describe(RunConfig, defaults=RunConfig().model_dump(mode="json"))
+    assert [doc.key for doc in keys if doc.key.startswith(("critic.", "loop.", "name")) and not doc.meaning] == []
+    assert len({doc.key for doc in keys}) == len(keys)
+
+
+def test_every_plugin_of_every_kind_has_settings() -> None:
+    for package, section in (("actors.domains", "domain"), ("actors.attacks", "attack"), ("trainers.losses", "loss")):
+        for name in plugin_names(package):
+            config = load_run_config([], flags=[(f"{section}.kind", name)])
+            assert getattr(config, section).kind == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[critic]\nreplics = 2\n", "a.toml:2: critic.replics: unknown key, did you mean critic.replicas?"),
+        ("sed = 3\n", "a.toml:1: sed: unknown key, did you mean seed?"),
+        ("replicas = 3\n", "a.toml:1: replicas: unknown key, did you mean "
+         "attacker.replicas or rollouts.replicas or critic.replicas?"),
+        ('[critic]\n\n# six\nreplicas = "6"\n', 'a.toml:4: critic.replicas: got "6", wanted a whole number'),
+        ("critic = 3\n", "a.toml:1: critic: got 3, wanted a table"),
+        ("[critic]\nreplicas = 2.5\n", "a.toml:2: critic.replicas: got 2.5, wanted a whole number"),
+        ("ray.dashboard = 1\n", "a.toml:1: ray.dashboard: got 1, wanted true or false"),
+        ("[learner.training]\nlearning_rate = nan\n",
+         "a.toml:2: learner.training.learning_rate: got NaN, wanted a finite number"),
+        ("[learner.training]\nlearning_rate = inf\n",
+         "a.toml:2: learner.training.learning_rate: got Infinity, wanted a finite number"),
+        ("[learner.training]\nlearning_rate = 0\n",
+         "a.toml:2: learner.training.learning_rate: got 0, wanted more than 0"),
+        ("[learner.training]\nzero_stage = 4\n",
+         "a.toml:2: learner.training.zero_stage: got 4, wanted one of 0, 1, 2, 3"),
+        ("[learner.training]\nbatch_size = 0\n", "a.toml:2: learner.training.batch_size: got 0, wanted at least 1"),
+        ("[learner.training]\nbatch_size = 9\nnum_ranks = 2\n",
+         "a.toml:2: learner.training.batch_size: got 9, wanted a multiple of learner.training.num_ranks = 2: "
+         "9 = 2 × 4 + 1; 8 would do"),
+        ("[loss]\nbeta = -1\n", "a.toml:2: loss.beta: got -1, wanted more than 0"),
+        ("loss = 3\n", "a.toml:1: loss: got 3, wanted a table"),
+        ('[domain]\nkind = "arithmetics"\n',
+         'a.toml:1: domain: got kind = "arithmetics", wanted one of arithmetic; did you mean arithmetic?'),
+        ('[supervision]\nregime = "golden"\n', 'a.toml:2: supervision.regime: got "golden", wanted one of '
+         "critic_expert, gold; did you mean gold?"),
+        ("[oversight]\nbudget = 1.5\n", "a.toml:2: oversight.budget: got 1.5, wanted at most 1"),
+        ("[critic]\nengine.max_model_len = 64\njudging.max_tokens = 96\n",
+         "a.toml:3: critic.judging.max_tokens: got 96, wanted less than the context, critic.engine.max_model_len = 64, "
+         "which prompt and answer share"),
+        ('learner.model = "x"\n', 'a.toml:1: rollouts.engine.model: got "bootstrap", wanted learner.model, "x": '
+         "the rollout pool answers with the learner's weights"),
+        ("rollouts = { sampling = { temperature = 0 } }\n",
+         "a.toml:1: rollouts.sampling.temperature: got 0, wanted more than 0"),
+        ("a = \n", "a.toml:1:5: not TOML: invalid value"),
+        ("[loop]\niterations = 1\niterations = 2\n", "a.toml:3:15: not TOML: cannot overwrite a value"),
+        ('name = "x', "a.toml:1:10: not TOML: unterminated string"),
+        ("when = 2026-01-01\n", "a.toml:1: when: unknown key, wanted one of "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_by_place_found_and_wanted(tmp_path: Path, text: str, message: str) -> None:
+    (line,) = problems_of(tmp_path, text)
+    assert line.startswith(message) if message.endswith(" ") else line == message
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "seed = -1\n[loop]\niterations = 0\nepoch = 2\n[base_model]\nhidden_size = 10\nnum_heads = 4\n"
+    assert problems_of(tmp_path, text, ("critic.replicas", "many")) == [
+        "a.toml:1: seed: got -1, wanted at least 0",
+        "a.toml:3: loop.iterations: got 0, wanted at least 1",
+        "a.toml:4: loop.epoch: unknown key, did you mean loop.epochs?",
+        "a.toml:6: base_model.hidden_size: got 10, wanted a multiple of base_model.num_heads = 4: "
+        "10 = 4 × 2 + 2; 8 would do",
+        'command line: critic.replicas: got "many", wanted a whole number',
+    ]
+
+
+def test_a_missing_file_and_bad_bytes_are_named(tmp_path: Path) -> None:
+    written(tmp_path, "", "quick.toml")
+    with pytest.raises(ConfigError, match=r"quik\.toml: no such file, wanted a TOML file; did you mean .*quick\.toml"):
+        load_run_config([tmp_path / "quik.toml"])
+    (tmp_path / "bad.toml").write_bytes(b"name = '\xff'")
+    with pytest.raises(ConfigError, match="byte 8: got 0xff, wanted UTF-8"):
+        load_run_config([tmp_path / "bad.toml"])
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_run_config([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("6", 6), ("1e-4", 1e-4), (".5", 0.5), ("True", True), ("none", None), ("[1, 2]", [1, 2]), ('"6"', "6"),
+        ("models/qwen", "models/qwen"), ("", ""), ("1\nseed = 2", "1\nseed = 2"), ("{a = 1}", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_a_flags_text_is_a_toml_value_or_plain_text(text: str, value: Any) -> None:
+    assert flag_settings("a.b-c", text).values == {"a": {"b_c": value}}
+
+
+def test_a_table_of_another_kind_replaces_the_one_below() -> None:
+    below = flag_settings("loss", '{kind = "dpo", beta = 0.2}')
+    same, other = flag_settings("loss.beta", "0.3"), flag_settings("loss", '{kind = "sft"}')
+    assert layered([below, same]).values == {"loss": {"kind": "dpo", "beta": 0.3}}
+    assert layered([below, other]).values == {"loss": {"kind": "sft"}}
+
+
+def test_lines_are_right_behind_everything_that_toml_can_span_lines_with(tmp_path: Path) -> None:
+    text = (
+        'a = """one\n# not a comment\n[not.a.table] = \\""" \n"""\n'  # lines 1 to 4
+        "b = '''\n\"\"\"\n'''\n"  # 5 to 7
+        "c = [ # ]\n  1, [2],\n  '[',\n]\n"  # 8 to 11
+        'd = { e = 1, "f" = "}" }  # {\n'  # 12
+        "\n[x.\"y z\"]  # table\n'k' . l = 1\n[[m]]\nn = 1\n"  # 14, 15, 16, 17
+    )
+    tomllib.loads(text)
+    origins = read_settings(written(tmp_path, text)).origins
+    lines = {key: int(place.rsplit(":", 1)[1]) for key, place in origins.items()}
+    assert lines == {
+        ("a",): 1, ("b",): 5, ("c",): 8, ("d",): 12,
+        ("x", "y z"): 14, ("x", "y z", "k", "l"): 15, ("m",): 16, ("m", "n"): 17,
+    }  # fmt: skip
+
+
+def test_a_sections_own_check_is_told_with_the_full_key(tmp_path: Path) -> None:
+    (line,) = problems_of(tmp_path, '[learner.training]\ndtype = "bf16"\nzero_stage = 0\n')
+    assert line.startswith('a.toml:2: learner.training.dtype: got "bf16" with zero_stage = 0')
+
+
+SECTIONS = [key for key in RunConfig.model_fields if key not in ("name", "seed", "runs_dir")]
+KEYS = sorted({part for doc in describe(RunConfig) for part in doc.key.split(".")} | {"kind", "x", "a b", ""})
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["dpo", "bootstrap"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def toml(value: Any) -> str:
+    """Return a value as inline TOML."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*SECTIONS, "name", "seed", *KEYS]), VALUES, max_size=5))
+def test_whatever_a_toml_file_holds_the_answer_is_a_config_or_lines(tmp_path: Path, values: dict[str, Any]) -> None:
+    path = written(tmp_path, "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in values.items()))
+    told: tuple[str, ...] = ()
+    try:
+        load_run_config([path])
+    except ConfigError as error:
+        told = error.problems or ("nothing is said",)
+    assert [line for line in told if "\n" in line or not line.startswith((f"{path}:", "settings:"))] == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | st.text(alphabet="[]{}\"'=.#\\\n ab1-", max_size=60).map(str.encode))
+def test_whatever_bytes_a_file_holds_the_answer_is_settings_or_lines(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(data)
+    told: tuple[str, ...] = ()
+    read = Settings()
+    try:
+        read = read_settings(path)
+    except ConfigError as error:
+        told = error.problems
+    assert [line for line in told if "\n" in line] == []
+    assert {key[0] for key in read.origins} == set(read.values)

@@ -1,0 +1,414 @@
+"""Owns the way from Arrow tables to padded tensors: which rows make a step, and which rank takes which together.
+
+    table ──► rows (NumPy) ──► TrainingPlan: rows of each step ──► lay_out: rank, micro-batch ──► pad ──► tensors
+
+Knows neither models nor DeepSpeed. Shapes: B rows, S sequences (B, or 2B for pairs), T positions. A row is one document
+or one preference pair.
+
+Padding is on the right and needs no attention mask: a causal model's position t sees positions <= t only, so what lies
+behind a row's last token can't reach it, and what the model computes at the padding itself is masked in the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from trainers.logprobs import sequence_logprobs
+from trainers.losses import PairBatch, TokenBatch
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+MICRO_BATCH_COST_TOKENS = 128
+"""What one more micro-batch costs, in tokens' worth of time: more of them mean less padding, but more calls."""
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+class Slot(NamedTuple):
+    """One row's part in an update."""
+
+    row_id: str
+    epoch: int
+    step: int
+    """Counted from 0 within the update, over its epochs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStep:
+    """The rows of one optimizer step."""
+
+    epoch: int
+    rows: tuple[int, ...]
+    """Positions in `TrainingPlan.row_ids`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """Which row goes into which step of an update; every row goes into one step of every epoch."""
+
+    row_ids: tuple[str, ...]
+    """One for each row of the table, in the table's order."""
+    steps: tuple[PlannedStep, ...]
+
+    @classmethod
+    def of(cls, row_ids: Sequence[str], *, batch_size: int, epochs: int, seed: int) -> TrainingPlan:
+        """Return a plan that depends on the set of ids, the batch size, the epochs and the seed alone.
+
+        An epoch has ceil(rows / batch_size) steps whose sizes differ by one at most, so that no step of a few rows
+        moves the weights as far as a full one.
+
+        Raises:
+            ValueError: no row, two rows with one id, or a count below 1.
+        """
+        if not row_ids or batch_size < 1 or epochs < 1:
+            raise ValueError(
+                f"training plan: got {len(row_ids)} rows, batch_size {batch_size}, epochs {epochs}; wanted at least 1"
+            )
+        if len(set(row_ids)) != len(row_ids):
+            twice = next(row_id for i, row_id in enumerate(sorted(row_ids)) if row_id == sorted(row_ids)[i - 1])
+            raise ValueError(f"training plan: two rows have the id {twice!r}; ids must be unique")
+        num_steps = -(-len(row_ids) // batch_size)
+        steps = []
+        for epoch in range(epochs):
+            order = sorted(range(len(row_ids)), key=lambda row: _shuffle_key(row_ids[row], epoch=epoch, seed=seed))
+            bounds = [len(order) * i // num_steps for i in range(num_steps + 1)]
+            steps += [PlannedStep(epoch=epoch, rows=tuple(order[bounds[i] : bounds[i + 1]])) for i in range(num_steps)]
+        return cls(row_ids=tuple(row_ids), steps=tuple(steps))
+
+    def slots(self, step: int) -> Iterator[Slot]:
+        """Yield the slots of a step."""
+        planned = self.steps[step]
+        return (Slot(row_id=self.row_ids[row], epoch=planned.epoch, step=step) for row in planned.rows)
+
+
+def _shuffle_key(row_id: str, *, epoch: int, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=16).digest()
+
+
+# ---------------------------------------------------------------------------------------------------------- layout
+
+MicroBatches: TypeAlias = tuple[tuple[int, ...], ...]
+"""The rows of each micro-batch of one rank; an empty one is padding that weighs nothing."""
+
+
+def lay_out(
+    rows: Sequence[int],
+    *,
+    lengths: Ids,
+    num_ranks: int,
+    micro_batch_tokens: int,
+    sequences_per_row: int = 1,
+) -> tuple[MicroBatches, ...]:
+    """Return each rank's micro-batches: like lengths together, about equal tokens per rank, equally many per rank.
+
+    The ranks must make the same number of forward passes, for under ZeRO 2 and 3 each is a collective; what a rank
+    lacks is made up by halving its largest micro-batches, or by empty ones. Rows of one length keep the order of `rows`
+    (a plan's), so that the table's order has no part in it.
+
+    Args:
+        rows: row numbers, which `lengths` is indexed by.
+        lengths: tokens of each row's longest sequence.
+        num_ranks: ranks to deal to.
+        micro_batch_tokens: greatest padded size; a longer row goes alone.
+        sequences_per_row: 2 for pairs, whose chosen and rejected responses are padded alike.
+    """
+    by_length = sorted(rows, key=lambda row: -int(lengths[row]))
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for row in by_length:
+        rank = loads.index(min(loads))
+        dealt[rank].append(row)
+        loads[rank] += int(lengths[row])
+    limit = micro_batch_tokens // sequences_per_row
+    cut = [_cut(mine, lengths=lengths, limit=limit) for mine in dealt]
+    most = max(1, *(len(micros) for micros in cut))
+    return tuple(_filled_up(micros, most) for micros in cut)
+
+
+def _cut(rows: list[int], *, lengths: Ids, limit: int) -> list[tuple[int, ...]]:
+    """Cut rows, longest first, into runs whose padded tokens and per-run cost are least (dynamic programming)."""
+    sizes = lengths[rows]
+    best = np.full(len(rows) + 1, np.inf)
+    best[0] = 0.0
+    start = np.zeros(len(rows) + 1, dtype=np.int64)
+    first = 0
+    for end in range(1, len(rows) + 1):
+        while first < end - 1 and sizes[first] * (end - first) > limit:
+            first += 1
+        begins = np.arange(first, end)
+        costs = best[begins] + sizes[begins] * (end - begins) + MICRO_BATCH_COST_TOKENS
+        choice = int(np.argmin(costs))
+        best[end], start[end] = costs[choice], begins[choice]
+    runs = []
+    end = len(rows)
+    while end:
+        runs.append(tuple(rows[start[end] : end]))
+        end = int(start[end])
+    return runs[::-1]
+
+
+def _filled_up(micros: list[tuple[int, ...]], count: int) -> MicroBatches:
+    parts = list(micros)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
+        if largest is None or len(parts[largest]) < 2:
+            parts.append(())
+            continue
+        half = len(parts[largest]) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return tuple(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+class Padded(NamedTuple):
+    """Sequences padded on the right."""
+
+    token_ids: Tensor
+    """[S, T] int64; padding is token 0, which no result depends on."""
+    mask: Tensor
+    """[S, T] bool: true on targets."""
+    num_real_tokens: int
+
+
+class Totals(NamedTuple):
+    """Denominators over the rows of a whole step (METHODS G1)."""
+
+    weight: float
+    """Sum of the rows' weights."""
+    tokens: float
+    """Sum of weight x target tokens; for pairs, the chosen response's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Documents: token ids, which of them are targets, and a weight each."""
+
+    token_ids: tuple[Ids, ...]
+    masks: tuple[npt.NDArray[np.bool_], ...]
+    weights: Floats
+    lengths: Ids
+    """Tokens of each row."""
+    num_targets: Ids
+    sequences_per_row: int = 1
+
+    def totals(self, rows: Sequence[int]) -> Totals:
+        """Return the denominators of a step."""
+        chosen = list(rows)
+        return Totals(
+            weight=float(self.weights[chosen].sum()),
+            tokens=float((self.weights[chosen] * self.num_targets[chosen]).sum()),
+        )
+
+    def pad(self, rows: Sequence[int]) -> Padded:
+        """Return [B, T] token ids and targets; without rows a dummy that has no target."""
+        return _pad([self.token_ids[row] for row in rows], [self.masks[row] for row in rows], num_sequences=1)
+
+    def batch(self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals) -> TokenBatch:
+        """Return what a token loss takes, from the policy's [B, T] log-probs."""
+        return TokenBatch(
+            logprobs=logprobs,
+            mask=mask,
+            weights=_column(self.weights, rows, like=logprobs),
+            global_tokens=totals.tokens,
+            global_rows=totals.weight,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairRows:
+    """Preference pairs: prompt + chosen and prompt + rejected, targets on the responses."""
+
+    chosen: tuple[Ids, ...]
+    rejected: tuple[Ids, ...]
+    chosen_masks: tuple[npt.NDArray[np.bool_], ...]
+    rejected_masks: tuple[npt.NDArray[np.bool_], ...]
+    chosen_lengths: Ids
+    """Response tokens."""
+    rejected_lengths: Ids
+    weights: Floats
+    noise: Floats
+    margins: Floats
+    lengths: Ids
+    """Tokens of each row's longer sequence."""
+    sequences_per_row: int = 2
+
+    def totals(self, rows: Sequence[int]) -> Totals:
+        """Return the denominators of a step."""
+        chosen = list(rows)
+        return Totals(
+            weight=float(self.weights[chosen].sum()),
+            tokens=float((self.weights[chosen] * self.chosen_lengths[chosen]).sum()),
+        )
+
+    def pad(self, rows: Sequence[int]) -> Padded:
+        """Return [2B, T] token ids and targets, chosen block then rejected block; without rows a dummy."""
+        token_ids = [self.chosen[row] for row in rows] + [self.rejected[row] for row in rows]
+        masks = [self.chosen_masks[row] for row in rows] + [self.rejected_masks[row] for row in rows]
+        return _pad(token_ids, masks, num_sequences=2)
+
+    def batch(
+        self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
+    ) -> PairBatch:
+        """Return what a pair loss takes, from the policy's [2B, T] log-probs and the reference's [B, 2] sums."""
+        policy_chosen, policy_rejected = sequence_logprobs(logprobs, mask).chunk(2)
+        return PairBatch(
+            policy_chosen=policy_chosen,
+            policy_rejected=policy_rejected,
+            reference_chosen=reference[:, 0],
+            reference_rejected=reference[:, 1],
+            chosen_lengths=_column(self.chosen_lengths, rows, like=logprobs),
+            rejected_lengths=_column(self.rejected_lengths, rows, like=logprobs),
+            weights=_column(self.weights, rows, like=logprobs),
+            noise=_column(self.noise, rows, like=logprobs),
+            margins=_column(self.margins, rows, like=logprobs),
+            global_weight=totals.weight,
+            global_chosen_tokens=totals.tokens,
+        )
+
+
+Rows: TypeAlias = TokenRows | PairRows
+"""The rows of a table, ready to be padded."""
+
+
+def token_rows(table: pa.Table) -> TokenRows:
+    """Return the documents of a table: `prompt_token_ids`, `response_token_ids`; `weight` and `loss_mask` if there.
+
+    Targets are the response's tokens, or those where `loss_mask` (one entry per token of prompt + response) is true.
+    The first token of all is never one, for nothing predicts it.
+
+    Raises:
+        ValueError: a column is missing, a row has no target, a mask of another length, or a weight that is no weight.
+    """
+    prompts, responses = _id_lists(table, "prompt_token_ids"), _id_lists(table, "response_token_ids")
+    token_ids = tuple(np.concatenate(pair) for pair in zip(prompts, responses, strict=True))
+    if "loss_mask" in table.column_names:
+        masks = tuple(row.astype(np.bool_) for row in _lists(table, "loss_mask"))
+    else:
+        masks = tuple(
+            np.arange(len(prompt) + len(response)) >= len(prompt)
+            for prompt, response in zip(prompts, responses, strict=True)
+        )
+    for row, (ids, mask) in enumerate(zip(token_ids, masks, strict=True)):
+        if len(ids) != len(mask):
+            raise ValueError(f"row {row}: loss_mask has {len(mask)} entries, wanted one for each of {len(ids)} tokens")
+    masks = tuple(np.concatenate([np.zeros(min(1, len(mask)), np.bool_), mask[1:]]) for mask in masks)
+    num_targets = np.array([int(mask.sum()) for mask in masks], dtype=np.int64)
+    _refuse_rows(num_targets == 0, table, "no token to learn from; drop the row before training")
+    return TokenRows(
+        token_ids=token_ids,
+        masks=masks,
+        weights=_numbers(table, "weight", default=1.0),
+        lengths=np.array([len(ids) for ids in token_ids], dtype=np.int64),
+        num_targets=num_targets,
+    )
+
+
+def pair_rows(table: pa.Table) -> PairRows:
+    """Return the pairs of a table of `PreferencePair` rows.
+
+    Raises:
+        ValueError: a column is missing, a prompt or response is empty, or a weight is no weight.
+    """
+    prompts = _id_lists(table, "prompt_token_ids")
+    chosen, rejected = _id_lists(table, "chosen_token_ids"), _id_lists(table, "rejected_token_ids")
+    for name, lists in (("prompt", prompts), ("chosen", chosen), ("rejected", rejected)):
+        empty = np.array([len(ids) == 0 for ids in lists], dtype=np.bool_)
+        _refuse_rows(empty, table, f"an empty {name}; drop the pair before training")
+    long_chosen = tuple(np.concatenate(pair) for pair in zip(prompts, chosen, strict=True))
+    long_rejected = tuple(np.concatenate(pair) for pair in zip(prompts, rejected, strict=True))
+    return PairRows(
+        chosen=long_chosen,
+        rejected=long_rejected,
+        chosen_masks=tuple(np.arange(len(a)) >= len(p) for a, p in zip(long_chosen, prompts, strict=True)),
+        rejected_masks=tuple(np.arange(len(a)) >= len(p) for a, p in zip(long_rejected, prompts, strict=True)),
+        chosen_lengths=np.array([len(ids) for ids in chosen], dtype=np.int64),
+        rejected_lengths=np.array([len(ids) for ids in rejected], dtype=np.int64),
+        weights=_numbers(table, "weight", default=1.0),
+        noise=_numbers(table, "noise", default=0.0),
+        margins=_numbers(table, "margin", default=0.0, least=-1.0),
+        lengths=np.maximum([len(ids) for ids in long_chosen], [len(ids) for ids in long_rejected]).astype(np.int64),
+    )
+
+
+def sequence_rows(sequences: Iterable[Sequence[int]]) -> TokenRows:
+    """Return plain sequences as rows of which every token but the first is a target.
+
+    Raises:
+        ValueError: a sequence of fewer than two tokens.
+    """
+    token_ids = tuple(np.asarray(sequence, dtype=np.int64) for sequence in sequences)
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    if lengths.size and lengths.min() < 2:
+        row = int(np.argmin(lengths))
+        raise ValueError(f"sequence {row}: got {lengths[row]} tokens, wanted 2 or more: the first has no log-prob")
+    return TokenRows(
+        token_ids=token_ids,
+        masks=tuple(np.arange(len(ids)) > 0 for ids in token_ids),
+        weights=np.ones(len(token_ids)),
+        lengths=lengths,
+        num_targets=lengths - 1,
+    )
+
+
+def _pad(token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int) -> Padded:
+    # A dummy has two positions, so that its log-probs hang on the weights and its (zero) gradient reaches all of them.
+    shape = (len(token_ids) or num_sequences, max((len(ids) for ids in token_ids), default=2))
+    padded, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    for row, (ids, targets) in enumerate(zip(token_ids, masks, strict=True)):
+        padded[row, : len(ids)] = ids
+        mask[row, : len(ids)] = targets
+    return Padded(
+        token_ids=torch.from_numpy(padded), mask=torch.from_numpy(mask), num_real_tokens=sum(map(len, token_ids))
+    )
+
+
+def _column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> Tensor:
+    """Return [B] values of some rows; for a dummy (no row) a single 0."""
+    picked = values[list(rows)] if rows else np.zeros(1)
+    return torch.from_numpy(np.asarray(picked, dtype=np.float64)).to(device=like.device, dtype=like.dtype)
+
+
+def _lists(table: pa.Table, name: str) -> list[npt.NDArray[Any]]:
+    if name not in table.column_names:
+        raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
+    column: Any = table.column(name).combine_chunks()
+    if column.null_count or column.flatten().null_count:
+        raise ValueError(f"table: column {name!r} holds nulls, wanted lists of numbers")
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False))
+    return np.split(values, ends[:-1]) if len(ends) else []
+
+
+def _id_lists(table: pa.Table, name: str) -> list[Ids]:
+    return [row.astype(np.int64) for row in _lists(table, name)]
+
+
+def _numbers(table: pa.Table, name: str, *, default: float, least: float = 0.0) -> Floats:
+    """Return a column of finite numbers, none below `least`; the default where the table lacks it."""
+    if name not in table.column_names:
+        return np.full(table.num_rows, default)
+    values = table.column(name).to_numpy().astype(np.float64)
+    bad = ~(np.isfinite(values) & (values >= least))
+    _refuse_rows(bad, table, f"a {name} that is not a finite number >= {least:g}")
+    return values
+
+
+def _refuse_rows(bad: npt.NDArray[np.bool_], table: pa.Table, what: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        ids = [name for name in ("pair_id", "row_id") if name in table.column_names]
+        which = f"row {row}" + (f" ({table.column(ids[0])[row]})" if ids else "")
+        raise ValueError(f"table: {which} has {what} ({int(bad.sum())} such rows of {table.num_rows})")

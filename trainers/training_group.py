@@ -1,0 +1,385 @@
+"""Owns the handle of a training group: N ranks of one DeepSpeed engine, placed together, called together.
+
+    TrainingGroup ──► rank 0 … rank N-1 (Ray actors, trainers/deepspeed_worker.py)
+
+Every call has a deadline. When a rank dies, hangs or fails, all are killed and TrainingGroupError says what the rank
+said last: half a group can only hang. Knows nothing of DeepSpeed, nor of what is trained or why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+
+from cluster.config import Config
+from cluster.placement import inside, place_gang, release
+from cluster.ray_runtime import worker_stderr
+from cluster.store import FileDigest
+from cluster.weight_sync import WeightManifest
+from trainers.batches import PlannedStep, Slot, TrainingPlan
+from trainers.deepspeed_worker import (
+    CorruptCheckpoint,
+    DeepSpeedRank,
+    ModelSource,
+    RankInfo,
+    Rendezvous,
+    StepReport,
+    TableRef,
+    TrainingDiverged,
+)
+from trainers.losses import load_loss
+from trainers.training_config import TrainingConfig, learning_rate
+
+__all__ = [
+    "CorruptCheckpoint",
+    "ModelSource",
+    "PlannedStep",
+    "Slot",
+    "StepReport",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "TrainingGroup",
+    "TrainingGroupError",
+    "TrainingPlan",
+    "UpdateReport",
+    "learning_rate",
+]
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 2.0
+"""After one rank's failure, how long to wait for what the others have to say: the cause is often another's death."""
+STEPS_IN_FLIGHT = 2
+"""Steps asked for at once, so that a rank never waits for its caller between two."""
+
+
+class TrainingGroupError(RuntimeError):
+    """A rank died, failed or missed a deadline; the whole group has been killed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What an update did."""
+
+    slots: tuple[Slot, ...]
+    """What was applied, in order; the rows of a skipped step are not among them."""
+    steps: tuple[StepReport, ...]
+    wall_s: float
+    """Reference log-probs included."""
+    reference_s: float
+    """Seconds until the first step: fetching the table and computing reference log-probs."""
+
+    @property
+    def num_skipped(self) -> int:
+        """Return the number of steps whose loss or gradient was not finite."""
+        return sum(not step.applied for step in self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Return real tokens trained on per second, all ranks together."""
+        return sum(step.num_tokens for step in self.steps) / max(self.wall_s, 1e-9)
+
+    @property
+    def padding_efficiency(self) -> float:
+        """Return the share of computed tokens that were real."""
+        padded = sum(step.num_padded_tokens for step in self.steps)
+        return sum(step.num_tokens for step in self.steps) / max(padded, 1)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Return loss, gradient norm and the loss's metrics as means over the applied steps, and the update's speed."""
+        rows = [
+            {"loss": s.loss, "grad_norm": s.grad_norm, "learning_rate": s.learning_rate, **s.metrics}
+            for s in self.steps
+            if s.applied
+        ]
+        names = rows[0] if rows else {}
+        means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+        return means | {
+            "num_steps": float(len(self.steps)),
+            "num_skipped": float(self.num_skipped),
+            "tokens_per_s": self.tokens_per_s,
+            "padding_efficiency": self.padding_efficiency,
+        }
+
+
+class TrainingGroup:
+    """The ranks that train one role's weights. Calls are made one at a time."""
+
+    def __init__(self, *, config: TrainingConfig, source: ModelSource, name: str = "learner_group") -> None:
+        self.config = config
+        self.name = name
+        self.start_laps: dict[str, float] = {}
+        """Seconds of the slowest rank per part of the start."""
+        self._source = source
+        self._ranks: list[Any] = []
+        self._infos: list[RankInfo] = []
+        self._placement: PlacementGroup | None = None
+        self._lock = asyncio.Lock()
+
+    # ------------------------------------------------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        """Place the ranks, start them, and load the model.
+
+        Raises:
+            PlacementTimeout: the cluster has no room for all ranks at once.
+            ValueError: the model directory is none, or has no weights.
+            TrainingGroupError: a rank failed or the start took too long.
+        """
+        assert not self._ranks, "already started"
+        config, begin = self.config, time.monotonic()
+        bundle = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
+        bundle = {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+        self._placement = await asyncio.to_thread(
+            place_gang, [bundle] * config.num_ranks, name=self.name, timeout_s=config.start_deadline_s
+        )
+        self._ranks = [self._start_rank(rank, bundle) for rank in range(config.num_ranks)]
+        deadline_s = config.start_deadline_s
+        self._infos = await self._on_all("info", [rank.info.remote() for rank in self._ranks], deadline_s=deadline_s)
+        processes_s = time.monotonic() - begin
+        host = self._infos[0].host
+        ports = await self._on_all(
+            "host_rendezvous",
+            [self._ranks[0].host_rendezvous.remote(host=host, timeout_s=deadline_s)],
+            deadline_s=deadline_s,
+        )
+        one_node = len({info.node_id for info in self._infos}) == 1
+        rendezvous = Rendezvous(host=host, port=ports[0], one_node=one_node)
+        laps = await self._on_all(
+            "start",
+            [
+                rank.start.remote(config=config, source=self._source, rendezvous=rendezvous, timeout_s=deadline_s)
+                for rank in self._ranks
+            ],
+            deadline_s=deadline_s,
+        )
+        self.start_laps = {"processes_s": processes_s, **{name: max(lap[name] for lap in laps) for name in laps[0]}}
+        logger.info("%s: %d ranks in %.1f s %s", self.name, len(self._ranks), time.monotonic() - begin, self.start_laps)
+
+    async def reopen(self, *, config: TrainingConfig, source: ModelSource) -> None:
+        """Start anew in the same processes, from other weights or with other settings: optimizer and steps are fresh.
+
+        Raises:
+            ValueError: the ranks' number or resources differ: that takes a new group; or the model is none.
+        """
+        fixed = ("num_ranks", "threads_per_rank", "cpus_per_rank", "gpus_per_rank")
+        differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if differing:
+            raise ValueError(f"{self.name}: reopen can't change {', '.join(differing)}; start a new group")
+        await self._call(
+            "open",
+            lambda rank: rank.open.remote(config=config, source=source),
+            deadline_s=config.start_deadline_s,
+        )
+        self.config, self._source = config, source
+
+    async def shutdown(self) -> None:
+        """End the ranks and give their place back. A second call does nothing."""
+        if self._ranks:
+            closing = [rank.close.remote() for rank in self._ranks]
+            await asyncio.wait([asyncio.ensure_future(_awaited(ref)) for ref in closing], timeout=10.0)
+        self._kill()
+
+    def _start_rank(self, rank: int, bundle: dict[str, float]) -> Any:
+        assert self._placement is not None, "placed above"
+        actor = ray.remote(DeepSpeedRank).options(
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=inside(self._placement, bundle=rank),
+            max_restarts=0,
+        )
+        return actor.remote(rank=rank, num_ranks=self.config.num_ranks, threads=self.config.threads_per_rank)
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        self._ranks = []
+        if self._placement is not None:
+            release(self._placement)
+            self._placement = None
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    async def update(
+        self,
+        table: pa.Table | ray.ObjectRef[pa.Table],
+        *,
+        loss: str,
+        loss_config: Config,
+        plan: TrainingPlan,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> UpdateReport:
+        """Train on the rows of a table as planned; each rank reads the table from the object store.
+
+        Args:
+            table: `PreferencePair` rows for a pair loss; `prompt_token_ids` and `response_token_ids` for a token loss.
+            loss: a file of trainers/losses.
+            loss_config: that loss's settings.
+            plan: which rows make which step.
+            on_step: called after each step, for progress.
+
+        Raises:
+            ValueError: no such loss, settings of another, or a table that does not fit.
+            TrainingDiverged: three steps in a row were not finite; the group has been killed.
+            TrainingGroupError: a rank died, failed or missed a deadline.
+        """
+        settings = _settings_of(loss, loss_config)
+        begin = time.monotonic()
+        ref = TableRef(ref=ray.put(table) if isinstance(table, pa.Table) else table)
+        await self._call(
+            "begin_update",
+            lambda rank: rank.begin_update.remote(ref, plan=plan, loss=loss, loss_config=settings),
+            deadline_s=self.config.call_deadline_s,
+        )
+        reference_s = time.monotonic() - begin
+        reports = await self._steps(len(plan.steps), on_step=on_step)
+        await self._call("end_update", lambda rank: rank.end_update.remote(), deadline_s=self.config.step_deadline_s)
+        slots = tuple(slot for report in reports if report.applied for slot in plan.slots(report.step))
+        return UpdateReport(slots=slots, steps=tuple(reports), wall_s=time.monotonic() - begin, reference_s=reference_s)
+
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
+        """Return, for each sequence of n tokens, the log-probs (nats, fp32) of tokens 2..n, without dropout.
+
+        Raises:
+            ValueError: a sequence is shorter than two tokens or longer than the model takes.
+        """
+        plain = tuple(tuple(sequence) for sequence in sequences)
+        parts = await self._call(
+            "logprobs", lambda rank: rank.logprobs.remote(plain), deadline_s=self.config.call_deadline_s
+        )
+        found = {row: values for part in parts for row, values in part.items()}
+        return tuple(found[row] for row in range(len(plain)))
+
+    async def publish(self, *, version: str) -> WeightManifest:
+        """Put the weights into the object store and return where they lie; they live as long as rank 0."""
+        parts = await self._call(
+            "publish", lambda rank: rank.publish.remote(version=version), deadline_s=self.config.call_deadline_s
+        )
+        manifest = parts[0]
+        assert isinstance(manifest, WeightManifest), "rank 0 makes it"
+        return manifest
+
+    async def export(self, path: Any) -> None:
+        """Write a Hugging Face directory (safetensors, config, tokenizer); it appears whole or not at all."""
+        await self._call("export", lambda rank: rank.export.remote(str(path)), deadline_s=self.config.call_deadline_s)
+
+    async def save(self, path: Any) -> tuple[FileDigest, ...]:
+        """Write a checkpoint and return its files' digests, paths relative to it; it appears whole or not at all."""
+        parts = await self._call(
+            "save", lambda rank: rank.save.remote(str(path)), deadline_s=self.config.call_deadline_s
+        )
+        digests: tuple[FileDigest, ...] = parts[0]
+        return digests
+
+    async def load(self, path: Any, *, files: Sequence[FileDigest] | None = None) -> None:
+        """Go on from a checkpoint, bit by bit as if nothing had been; its hashes are checked before it is read.
+
+        Args:
+            path: what `save` wrote.
+            files: the digests it must have; by default those of the manifest inside it.
+
+        Raises:
+            CorruptCheckpoint: its files or its topology are not as saved; nothing was loaded.
+        """
+        wanted = None if files is None else tuple(files)
+        await self._call(
+            "load", lambda rank: rank.load.remote(str(path), files=wanted), deadline_s=self.config.call_deadline_s
+        )
+
+    async def _steps(self, num_steps: int, *, on_step: Callable[[StepReport], None] | None) -> list[StepReport]:
+        """Run all steps, the next ones asked for before the last has answered; the deadline is each step's own."""
+        reports: list[StepReport] = []
+        async with self._lock:
+            asked: list[list[ray.ObjectRef[StepReport]]] = []
+            try:
+                for index in range(num_steps):
+                    while len(asked) < min(STEPS_IN_FLIGHT, num_steps - index):
+                        asked.append([rank.step.remote(index + len(asked)) for rank in self._ranks])
+                    answers = await self._on_all("step", asked.pop(0), deadline_s=self.config.step_deadline_s)
+                    reports.append(answers[0])
+                    if on_step is not None:
+                        on_step(answers[0])
+            except BaseException:
+                # Steps asked for would go on behind the caller's back; what the ranks hold then is no state to keep.
+                self._kill()
+                raise
+        return reports
+
+    async def _call(self, what: str, call: Callable[[Any], ray.ObjectRef[Any]], *, deadline_s: float) -> list[Any]:
+        async with self._lock:
+            if not self._ranks:
+                raise TrainingGroupError(f"{self.name}: {what}: the group is not running; start it, then load")
+            return await self._on_all(what, [call(rank) for rank in self._ranks], deadline_s=deadline_s)
+
+    async def _on_all(self, what: str, refs: Sequence[ray.ObjectRef[Any]], *, deadline_s: float) -> list[Any]:
+        """Return every rank's answer; otherwise kill all ranks, unless all of them refused the user's input alike."""
+        tasks = [asyncio.ensure_future(_awaited(ref)) for ref in refs]
+        try:
+            done, pending = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+            if pending and any(task.exception() for task in done):
+                done, pending = await asyncio.wait(tasks, timeout=SETTLE_S)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            raise
+        errors = {rank: task.exception() for rank, task in enumerate(tasks) if task.done() and task.exception()}
+        if not errors and not pending:
+            return [task.result() for task in tasks]
+        for task in pending:
+            task.cancel()
+        causes = {rank: _cause(error) for rank, error in errors.items() if error is not None}
+        if not pending and len(causes) == len(tasks) and all(isinstance(c, ValueError) for c in causes.values()):
+            raise causes[0]
+        late = [rank for rank, task in enumerate(tasks) if task in pending]
+        message = self._told(what, causes, late=late, deadline_s=deadline_s)
+        self._kill()
+        diverged = [cause for cause in causes.values() if isinstance(cause, TrainingDiverged)]
+        raise diverged[0] if diverged else TrainingGroupError(message)
+
+    def _told(self, what: str, causes: dict[int, BaseException], *, late: list[int], deadline_s: float) -> str:
+        lines = [f"{self.name}: {what} failed; all ranks were killed"]
+        # Deaths first: what the others then say of broken connections follows from them.
+        for rank, cause in sorted(causes.items(), key=lambda item: not isinstance(item[1], RayActorError)):
+            died = isinstance(cause, RayActorError)
+            text = str(cause).strip().splitlines()
+            end = "died" if died else "failed"
+            lines.append(f"rank {rank} {end}: {type(cause).__name__}: {text[0] if text else ''}")
+            if died and rank < len(self._infos):
+                stderr = worker_stderr(pid=self._infos[rank].pid)
+                lines += [f"rank {rank} stderr: {line}" for line in stderr.splitlines()]
+        if late:
+            lines.append(f"rank(s) {', '.join(map(str, late))}: no answer within {deadline_s:g} s")
+        return "\n".join(lines)
+
+
+async def _awaited(ref: ray.ObjectRef[Any]) -> Any:
+    return await ref
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception that a rank raised, out of what Ray wraps it in."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _settings_of(loss: str, config: Config) -> Config:
+    """Return the loss's own settings, without the `kind` that a run's config adds.
+
+    Raises:
+        ValueError: there is no such loss, or the settings are another's.
+    """
+    kind = load_loss(loss).Config
+    values = config.model_dump()
+    values.pop("kind", None)
+    return kind.model_validate(values)
