@@ -74,7 +74,8 @@ class Archive:
         """Return the archive of a snapshot."""
         rows = snapshot["cells"]
         seen = snapshot["seen"]
-        assert isinstance(rows, list) and isinstance(seen, list), "an archive snapshot holds two lists"
+        assert isinstance(rows, list), "an archive snapshot holds a list of cells"
+        assert isinstance(seen, list), "and a list of canonical problems"
         return cls(
             cells={
                 tuple(row[0]): CellRecord(

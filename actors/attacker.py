@@ -86,7 +86,7 @@ class Attacker:
                     f"{num_queries} queries; train the attacker longer, or raise attacker.max_proposals_per_query"
                 )
             size = min(max(16, math.ceil((num_queries - admitted) / max(share, 0.05))), limit - (index - start))
-            prompts = self._attack.propose(archive, size, seed=self._seed * 1_000_003 + iteration * 10_007 + index)
+            prompts = self._prompts(archive, iteration=iteration, first=index, num=size)
             async for chunk in self._write(prompts, iteration=iteration, first=index):
                 rows, queries = [], []
                 for position, text in chunk:
@@ -107,6 +107,18 @@ class Attacker:
                 yield Attacked(proposals=tuple(rows), queries=tuple(queries))
             index += size
             share = max(admitted, 1) / (index - start)
+
+    def _prompts(self, archive: Archive, *, iteration: int, first: int, num: int) -> list[AttackPrompt]:
+        """Return the prompts of proposals first, first + 1, …; each depends on its own number alone.
+
+        So an iteration that a kill cut off asks for the very proposals that it would have asked for.
+        """
+        seed = self._seed * 1_000_003 + iteration * 10_007
+        return [
+            prompt
+            for position in range(first, first + num)
+            for prompt in self._attack.propose(archive, 1, seed=seed + position)
+        ]
 
     async def _write(
         self, prompts: Sequence[AttackPrompt], *, iteration: int, first: int

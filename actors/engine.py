@@ -602,7 +602,7 @@ def start_engine_replica(
     replica_id: int,
     name: str = "engine",
     num_cpus: float = 1.0,
-    log_path: Path | None = None,
+    log_path: str | Path | None = None,
     placement_timeout_s: float = 60.0,
 ) -> Replica:
     """Reserve room for a replica and start it there; `ready()` says when it serves. Blocks until there is room.

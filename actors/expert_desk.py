@@ -33,6 +33,13 @@ class ExpertDesk:
                 labels[label.item_id] = label
         return labels
 
+    def num_from_truth(self) -> int:
+        """Return how many labels the simulated expert has drawn from truth, over all sittings of the run."""
+        if self._simulated is None:
+            return 0
+        labels = self._queue.labels_since(0).labels
+        return sum(label.expert == self._simulated.name and label.label is not None for label in labels)
+
 
 def _item(case: Judged) -> ExpertItem:
     readable = [critique for critique in case.critiques if critique.parse_ok]

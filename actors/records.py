@@ -257,7 +257,8 @@ def to_table(records: Iterable[R], record_type: type[R]) -> pa.Table:
         ValueError: a required value is None, in a list or a nested record too (pyarrow itself lets it pass).
     """
     rows = list(records)
-    schema = schema_of(record_type)
+    kind: type = record_type
+    schema = schema_of(kind)
     columns = []
     for field in schema:
         values = [_plain(getattr(row, field.name)) for row in rows]
@@ -278,7 +279,8 @@ def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
     Raises:
         ValueError: the table lacks a column of the record.
     """
-    schema = schema_of(record_type)
+    kind: type = record_type
+    schema = schema_of(kind)
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise ValueError(f"{record_type.__name__}: missing columns {missing}, have {table.column_names}")

@@ -34,6 +34,11 @@ class Rollout:
         self._run = run
         self._seed = seed
 
+    @property
+    def num_samples(self) -> int:
+        """Answers to each query."""
+        return self._config.num_samples
+
     def expected(self, query: Query) -> list[str]:
         """Return the ids of the answers that a query is to get, by sample index."""
         return [
@@ -44,7 +49,7 @@ class Rollout:
         ]
 
     async def respond(self, queries: Sequence[Query], *, known: Iterable[str] = ()) -> AsyncIterator[list[Response]]:
-        """Yield the answers to queries as they are finished; ids in `known` are there already and are not asked again."""
+        """Yield the answers to queries as they are finished; answers whose ids are `known` are not asked for again."""
         have = set(known)
         asked: dict[str, tuple[Query, int]] = {
             response_id: (query, i)
@@ -66,7 +71,7 @@ class Rollout:
             yield [_response(completion, *asked[completion.request_id]) for completion in chunk]
 
     async def answer_greedily(self, prompts: Mapping[str, tuple[Message, ...]]) -> dict[str, str]:
-        """Return the greedy answer to each prompt, by the prompts' keys (which must be unique among running requests)."""
+        """Return the greedy answer to each prompt, by the prompts' keys, unique among running requests."""
         requests = [
             GenerationRequest(request_id=key, messages=messages, max_tokens=self._config.max_tokens, temperature=0.0)
             for key, messages in prompts.items()

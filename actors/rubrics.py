@@ -40,7 +40,7 @@ class StepMarks:
     reasoning, is nearly always 0 or 1).
     """
 
-    labels = ("y", "n", "P", "F")
+    labels: tuple[str, ...] = ("y", "n", "P", "F")
     _part = re.compile(r"([^?yn]*)\?([^?yn]*)([yn])")
 
     def __init__(self, domain: Domain, *, version: str = "v0") -> None:

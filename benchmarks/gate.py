@@ -97,7 +97,8 @@ def row(sitting: Sitting) -> str:
 
 HEAD = (
     "| seed | sealed accuracy | gain, points (95 % CI) | well-formed | attack success | out of distribution "
-    "| critic agreement, lowest | experts | parity, nats | bootstrap + start + iterations, s | whole command, s | peak GB |"
+    "| critic agreement, lowest | experts | parity, nats | bootstrap + start + iterations, s | whole command, s "
+    "| peak GB |"
 )
 
 

@@ -1,1 +1,1 @@
-"""Start or join Ray, place replicas, pools, weight sync, durable store: the mechanism, which knows nothing of alignment."""
+"""Start or join Ray, place replicas, pools, weight sync, durable store: mechanism that knows nothing of alignment."""

@@ -23,6 +23,7 @@ import ray
 from pydantic import Field
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from cluster.config import Config
 
@@ -134,7 +135,7 @@ def _start_local(config: RayConfig) -> RayRuntime:
     if len(str(parent.resolve())) > MAX_TEMP_DIR_CHARS:
         raise ValueError(
             f"ray.temp_dir: {parent} has {len(str(parent.resolve()))} characters, wanted at most {MAX_TEMP_DIR_CHARS} "
-            "(Unix sockets have short paths); set ray.temp_dir = \"/tmp\""
+            '(Unix sockets have short paths); set ray.temp_dir = "/tmp"'
         )
     started = time.monotonic()
     parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _start_local(config: RayConfig) -> RayRuntime:
     token_path = ensure_token(config.token_path)
     python_path = os.environ.get("PYTHONPATH", "")
     environment: dict[str, str | None] = {
-        "RAY_AUTH_MODE": None,  # then ray.init turns the token on, here too: the variable itself was read at the import
+        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Else every Ray process listens on all interfaces, even with 127.0.0.1 as the node's address (Ray 2.60).
         LOOPBACK_SWITCH: "0",
@@ -151,10 +152,10 @@ def _start_local(config: RayConfig) -> RayRuntime:
     }
     shm_before = frozenset(shm_files())
     restore = _set_environment(environment)
-    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # it was read from the environment when Ray was imported
     _quiet_ray_logger()
     try:
+        _use_loopback(True)
+        _reread_environment()
         context: Any = ray.init(
             address="local",
             num_cpus=config.num_cpus or len(os.sched_getaffinity(0)),
@@ -175,8 +176,7 @@ def _start_local(config: RayConfig) -> RayRuntime:
         shutil.rmtree(session_dir, ignore_errors=True)
         raise
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
-    assert os.environ.get("RAY_AUTH_MODE") == "token", "ray.init of a local cluster turns token authentication on"
+        _use_loopback(False)
     runtime = RayRuntime(
         address=context.address_info["gcs_address"],
         is_local=True,
@@ -192,10 +192,14 @@ def _start_local(config: RayConfig) -> RayRuntime:
 
 def _join(config: RayConfig, *, address: str) -> RayRuntime:
     started = time.monotonic()
-    token_path = config.token_path
     environment: dict[str, str | None] = {"RAY_USAGE_STATS_ENABLED": "0"}
-    if token_path is not None:
-        environment |= {"RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_AUTH_MODE": None}
+    if config.token_path is not None:
+        environment["RAY_AUTH_TOKEN_PATH"] = str(config.token_path)
+    if "RAY_AUTH_MODE" not in os.environ and (config.token_path is not None or _has_token()):
+        environment["RAY_AUTH_MODE"] = "token"
+    on_loopback = address.removeprefix("ray://").startswith(("127.", "localhost:", "[::1]:"))
+    if on_loopback:
+        environment[LOOPBACK_SWITCH] = "0"  # else Ray looks for it at this node's outer address, and waits for minutes
     restore = _set_environment(environment)
     _quiet_ray_logger()
     # Excludes are Ray's gitignore-like patterns; without them the virtual environment would be sent.
@@ -204,6 +208,8 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
         "excludes": ["/.git", "/.venv", "/runs", "/tests", "/docs", "*.safetensors", "*.parquet"],
     }
     try:
+        _use_loopback(on_loopback)
+        _reread_environment()
         context: Any = ray.init(
             address=address,
             namespace=config.namespace,
@@ -215,6 +221,8 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
         ray.shutdown()
         _set_environment(restore)
         raise
+    finally:
+        _use_loopback(False)
     return RayRuntime(
         address=context.address_info["gcs_address"],
         is_local=False,
@@ -263,6 +271,22 @@ def _refuse_open_cluster() -> None:
         raise ValueError(
             f"RAY_AUTH_MODE: got {mode!r}, wanted 'token' or nothing, for an open Ray runs anybody's code; unset it"
         )
+
+
+def _use_loopback(wanted: bool) -> None:
+    """Set what Ray read from LOOPBACK_SWITCH when it was imported, for the duration of an init."""
+    ray_constants.ENABLE_RAY_CLUSTER = not wanted
+
+
+def _reread_environment() -> None:
+    """Have Ray's C++ side see RAY_AUTH_MODE, which it read when Ray was imported."""
+    RayletConfig.initialize("")
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
 
 
 def _quiet_ray_logger() -> None:

@@ -73,6 +73,8 @@ class Behaviour:
     parity_error: float = 0.0
     """Nats added to every log-prob of a probe."""
     apply_delay_s: float = 0.0
+    apply_delays_from: str = ""
+    """First version that is delayed."""
     die_on_apply: bool = False
 
 
@@ -134,7 +136,8 @@ class FakeReplica:
     async def apply_weights(self, manifest: WeightManifest, probe_token_ids: Sequence[Sequence[int]]) -> WeightAnswer:
         if self.behaviour.die_on_apply:
             os.kill(os.getpid(), signal.SIGKILL)
-        await asyncio.sleep(self.behaviour.apply_delay_s)
+        if manifest.version >= self.behaviour.apply_delays_from:
+            await asyncio.sleep(self.behaviour.apply_delay_s)
         # In a thread: a blocking get would stop the actor's event loop.
         self.total = await asyncio.to_thread(
             lambda: sum(float(tensor.float().sum()) for _, tensor in iter_tensors(manifest))

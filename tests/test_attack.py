@@ -357,7 +357,7 @@ def test_a_model_that_repeats_itself_collapses_the_attack_too() -> None:
         attacked(attacker_over(pool), Archive.empty(CELLS), num_queries=10)
 
 
-def test_an_attack_that_was_cut_off_goes_on_without_repeating_itself() -> None:
+def test_an_attack_that_was_cut_off_goes_on_as_if_it_had_not_been() -> None:
     archive = Archive.empty(CELLS)
 
     async def cut_off() -> list[Attacked]:
@@ -383,6 +383,8 @@ def test_an_attack_that_was_cut_off_goes_on_without_repeating_itself() -> None:
     assert len({query.query_id for query in everything}) == 20
     rows = [*proposals_of(before), *proposals_of(after)]
     assert [row.sample_index for row in rows] == list(range(len(rows)))
+    # The very queries that an attack which nobody cut off would have asked.
+    assert everything == queries_of(attacked(attacker_over(FakePool(fluent)), Archive.empty(CELLS), num_queries=20))
 
 
 def test_a_query_can_be_made_again_from_its_logged_proposal() -> None:

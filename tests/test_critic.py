@@ -55,7 +55,7 @@ def assert_sound(critique: Critique, *, answer: str) -> None:
         assert critique.num_dropped_issues == 0
 
 
-# --------------------------------------------------------------------------------------------------- what is readable
+# ----------------------------------------------------------------------------------------------- what is readable
 
 
 def test_a_critique_that_quotes_the_whole_answer_and_finds_it_right_passes_it() -> None:
@@ -115,7 +115,7 @@ def test_every_demonstration_of_the_critic_can_be_read() -> None:
         assert critique.parse_ok, row
 
 
-# ------------------------------------------------------------------------------------------------------ what is missing
+# -------------------------------------------------------------------------------------------------- what is missing
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_missing_critique_is_no_verdict_and_never_a_low_score() -> None:
     assert (verdict.label, verdict.score, verdict.confidence) == (None, None, None)
 
 
-# --------------------------------------------------------------------------------------------------------------- quotes
+# ----------------------------------------------------------------------------------------------------------- quotes
 
 
 def test_an_issue_whose_quote_is_not_in_the_answer_is_dropped_and_counted() -> None:
@@ -202,7 +202,7 @@ def test_offsets_count_characters_whatever_their_bytes() -> None:
         assert answer.encode()[start:end].decode() == issue.quote
 
 
-# ---------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------------------------ scores
 
 
 def probabilities(text: str, shares: Sequence[float], *, mass: float = 1.0) -> Completion:
@@ -262,7 +262,7 @@ def test_certainty_and_tiny_log_probs_give_a_score(logprobs: tuple[float, float]
     assert read(text, answer="133", said=said).score == pytest.approx(score)
 
 
-# ------------------------------------------------------------------------------------------------------ whatever is said
+# -------------------------------------------------------------------------------------------------- whatever is said
 
 
 CRITIC_ALPHABET = "0123456789+-=?ynPF \n"
@@ -304,7 +304,7 @@ def test_ten_thousand_random_strings_are_read_soundly_or_missing() -> None:
     assert 0 < num_readable < 5_000
 
 
-# -------------------------------------------------------------------------------------------------------------- the role
+# ---------------------------------------------------------------------------------------------------------- the role
 
 
 def judge(critic: Critic, items: Sequence[tuple[Query, Response]], *, known: Sequence[str] = ()) -> list[Critique]:

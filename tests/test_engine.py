@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +22,12 @@ from actors.generation import Completion, GenerationRequest
 from actors.records import Message
 from cluster.placement import release
 from cluster.pool import EngineStats, Replica, ReplicaInfo
-from cluster.ray_runtime import RayConfig, RayRuntime, start_ray, worker_stderr
+from cluster.ray_runtime import mapped_shm, shm_files, worker_stderr
 from cluster.weight_sync import Bucket, WeightAnswer, WeightManifest, put_weights
 from tests.test_engine_requests import make_fake_engine
 from tests.tiny_models import char_tokenizer, perturb, write_gpt2, write_llama, write_qwen2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 BOUND = 1e-4
 """Nats; the bound of a parity probe in fp32. Measured: 3e-6."""
@@ -92,7 +90,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def start(path: Path, *, replica_id: int = 0, log_path: Path | None = None, max_num_seqs: int = 16) -> Replica:
     config = EngineConfig(model=str(path), kv_cache_gb=0.05, max_num_seqs=max_num_seqs)
-    return start_engine_replica(config, replica_id=replica_id, num_cpus=0.5, log_path=log_path)
+    return start_engine_replica(config, replica_id=replica_id, num_cpus=0.2, log_path=log_path)
 
 
 def meet(replica: Replica, path: Path) -> Engine:
@@ -106,27 +104,13 @@ def end(engine: Engine) -> None:
     psutil.wait_procs([p for p in psutil.process_iter() if p.pid == engine.info.pid], timeout=10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayRuntime]:
-    before = set(os.listdir("/dev/shm"))
-    token = tmp_path_factory.mktemp("token") / "token"
-    runtime = start_ray(
-        RayConfig(num_cpus=4, object_store_gb=0.1, namespace=f"engine-{uuid.uuid4().hex[:8]}", token_path=token)
-    )
-    try:
-        yield runtime
-    finally:
-        runtime.stop()
-    assert set(os.listdir("/dev/shm")) <= before
-
-
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("llama") / "untied", tied=False)
 
 
 @pytest.fixture(scope="module")
-def pair(runtime: RayRuntime, model_path: Path) -> Iterator[tuple[Engine, Engine]]:
+def pair(ray_session: str, model_path: Path) -> Iterator[tuple[Engine, Engine]]:
     """Two replicas of one model, started at once."""
     replicas = [start(model_path, replica_id=i) for i in range(2)]
     first, second = (meet(replica, model_path) for replica in replicas)
@@ -356,7 +340,7 @@ def test_a_directory_without_a_chat_template_is_refused_before_anything_starts(t
 def test_a_failing_engine_core_ends_its_process_and_says_why_on_stderr(model_path: Path) -> None:
     actor = (
         ray.remote(EngineActor)
-        .options(num_cpus=0.5)
+        .options(num_cpus=0.2)
         .remote(EngineConfig(model=str(model_path)), replica_id=0, make_engine=make_fake_engine)
     )
     info: ReplicaInfo = ray.get(actor.ready.remote(), timeout=60)
@@ -367,17 +351,19 @@ def test_a_failing_engine_core_ends_its_process_and_says_why_on_stderr(model_pat
 
 def test_a_killed_replica_is_seen_at_once_and_leaves_nothing(pair: tuple[Engine, Engine]) -> None:
     victim = pair[1]
-    children = psutil.Process(victim.info.pid).children(recursive=True)
+    process = psutil.Process(victim.info.pid)
+    shared = {area.path for area in process.memory_maps() if area.path.startswith("/dev/shm/")}
 
     async def kill() -> None:
         running = asyncio.create_task(victim.generate(ask("1", max_tokens=400, num_samples=200)))
         while not (await victim.stats()).num_running:
             await asyncio.sleep(0.01)
-        psutil.Process(victim.info.pid).kill()
+        assert process.children(recursive=True) == []  # one process alone: nobody is left to clean up
+        process.kill()
         with pytest.raises(ActorDiedError):
             await running
 
     run(kill())
-    assert not children
     assert not psutil.pid_exists(victim.info.pid)
-    # What /dev/shm holds is compared when the module ends.
+    left = shared & {f"/dev/shm/{name}" for name in shm_files()}
+    assert left <= mapped_shm()  # the object store, which Ray's own processes still use

@@ -9,9 +9,9 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import ray
@@ -86,16 +86,12 @@ def test_a_cluster_is_joined_by_address_with_the_token_and_not_without(ray_sessi
     token = {"RAY_ADDRESS": ray_session, "RAY_AUTH_TOKEN_PATH": str(short_tmp_path / "token")}
     assert run_python(join, environment=token).split()[-2:] == [ray_session, "False"]
     assert ray.is_initialized()
-    refused = """
-        import os
-        from ray._raylet import GcsClient
-        try:
-            GcsClient(address=os.environ["RAY_ADDRESS"]).internal_kv_keys(b"", timeout=3)
-        except Exception as error:
-            print("refused", type(error).__name__)
-    """
-    stranger = {"RAY_ADDRESS": ray_session, "RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "3"}
-    assert "refused" in run_python(refused, environment=stranger)
+    # A stranger's call, at the wire: no token in its metadata.
+    with grpc.insecure_channel(ray_session) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(b"", timeout=5)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_an_open_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +156,7 @@ def test_a_gang_is_placed_whole_or_says_what_is_missing() -> None:
     group = place_gang([{"CPU": 0.1}, {"CPU": 0.1}], strategy="PACK", timeout_s=20)
     assert len(group.bundle_specs) == 2
     release(group)
-    with pytest.raises(PlacementTimeout, match=r"'big' got no room within 0.5 s: CPU wanted 64, free .* of 2; .*1 node"):
+    with pytest.raises(PlacementTimeout, match=r"'big' got no room within 0.5 s: CPU wanted 64, free .* of 2; "):
         place_gang([{"CPU": 32}, {"CPU": 32}], name="big", timeout_s=0.5)
     with pytest.raises(PlacementTimeout, match="STRICT_SPREAD, on 1 node"):
         place_gang([{"CPU": 0.1}, {"CPU": 0.1}], strategy="STRICT_SPREAD", timeout_s=0.5)
@@ -172,8 +168,8 @@ def test_a_gang_is_placed_whole_or_says_what_is_missing() -> None:
 
 
 @pytest.fixture
-def log_path(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "run" / "log.txt"
+def log_path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "log.txt"
 
 
 def test_libraries_go_to_the_file_alone_and_our_warnings_to_both(
@@ -211,7 +207,7 @@ def test_secrets_are_not_logged(log_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "correct-horse-battery" not in text
     assert "abcdef" not in text
     assert "max_tokens=4096" in text
-    assert text.count("[redacted]") == 4
+    assert text.count("[redacted]") == 5  # one per line, and the source line in the traceback
 
 
 def test_redaction_leaves_ordinary_text_alone() -> None:

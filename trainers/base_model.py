@@ -47,6 +47,7 @@ class BaseModelConfig(Config):
 def write_base_model(path: Path, config: BaseModelConfig, *, seed: int) -> Path:
     """Write the randomly initialised base model with its tokenizer and return its path."""
     import torch
+    from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,6 +83,9 @@ def write_base_model(path: Path, config: BaseModelConfig, *, seed: int) -> Path:
             )
         )
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    # Not model.save_pretrained: it imports DeepSpeed, which takes seconds and belongs to the ranks alone.
+    save_file(dict(model.named_parameters()), path / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(path)
     return path

@@ -28,7 +28,7 @@ from trainers.losses import PairBatch, TokenBatch
 Ids: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-MICRO_BATCH_COST_TOKENS = 128
+MICRO_BATCH_COST_TOKENS = 64
 """What one more micro-batch costs, in tokens' worth of time: more of them mean less padding, but more calls."""
 
 

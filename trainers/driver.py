@@ -16,10 +16,10 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import Field
 
 from actors.archive import Archive
@@ -44,7 +44,7 @@ from actors.records import (
 from actors.rollout import Rollout
 from cluster.config import Config
 from cluster.pool import Pool
-from cluster.store import RunStore, digest_directory
+from cluster.store import FileDigest, RunStore, digest_directory
 from cluster.weight_sync import ParityProbe, SyncReport, sync_weights
 from trainers import evaluation
 from trainers.evaluation import EvaluationConfig, agreement_of, attack_outcomes, cell_counts, live_sample
@@ -156,6 +156,8 @@ class Driver:
         )
         self._iterations_s_before = self.state.iterations_s
         gold.counts.update(self.state.gold)
+        # The queue outlives a kill: what it holds of the open iteration is not asked for, nor counted, again.
+        gold.counts[Purpose.EXPERT] = roles.experts.num_from_truth()
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -165,6 +167,7 @@ class Driver:
         Raises:
             Stopped: the user asked for a stop; the last commit stands.
         """
+        rewind_metrics(self._store.path, last_iteration=self.state.iteration)
         if self.state.iteration < 0:
             await self._begin()
         else:
@@ -256,12 +259,16 @@ class Driver:
             config=self._config.preferences,
             run=self._run,
         )
-        await self._log("pairs", pairs.pairs)
+        logged = self._store.logged(iteration)
+        if "pairs" in logged:
+            pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
+        else:
+            await self._log("pairs", pairs.pairs)
         self._check_stop()
         return pairs
 
     async def _update(self, iteration: int, pairs: Pairs) -> UpdateReport | None:
-        """Train the learner on the pairs, as an Arrow table in the object store; None when there are none."""
+        """Train the learner on the pairs, as an Arrow table; None when there are none."""
         if not pairs.pairs:
             logger.warning("iteration %d: no pairs, nothing to train on", iteration)
             return None
@@ -274,7 +281,7 @@ class Driver:
                 seed=self._seed * 1_000 + iteration,
             )
             return await self._roles.learner_group.update(
-                ray.put(table), loss=self._config.loss, loss_config=self._config.loss_config, plan=plan
+                table, loss=self._config.loss, loss_config=self._config.loss_config, plan=plan
             )
 
     async def _publish(self, iteration: int) -> SyncReport:
@@ -325,6 +332,8 @@ class Driver:
         self.state.iteration = iteration
         self.state.num_verdicts += len(verdicts)
         self.state.num_asked += num_asked
+        self.state.num_pairs += len(pairs.pairs)
+        self.state.dropped.update(pairs.dropped)
         self.state.iterations_s += self._clock.elapsed_s()
         return IterationMetrics(
             iteration=iteration,
@@ -360,8 +369,8 @@ class Driver:
             self._store.commit,
             iteration,
             state=self.state.snapshot(),
-            checkpoint=digest_directory(checkpoint, root=self._store.path),
-            policy=digest_directory(policy, root=self._store.path),
+            checkpoint=await self._digests(checkpoint),
+            policy=await self._digests(policy),
         )
         if metrics is not None:
             self._progress.row(metrics)
@@ -382,7 +391,6 @@ class Driver:
         """Load the last commit's checkpoint and give its weights to the rollout pool."""
         iteration = self.state.iteration
         await self._roles.learner_group.load(self._store.checkpoint_dir(iteration))
-        rewind_metrics(self._store.path, last_iteration=iteration)
         await self._publish(iteration)
 
     async def _freeze_attack_set(self) -> None:
@@ -408,7 +416,13 @@ class Driver:
             self._progress.stage("frozen attack set", done=num_have, total=wanted)
 
     async def _answer(self, iteration: int, name: str) -> list[bool]:
-        """Answer an evaluation set greedily, store the answers, and return which are right."""
+        """Answer an evaluation set greedily, store the answers, and return which are right.
+
+        Answers that an earlier sitting stored stand: the weights that gave them were made again, bit by bit.
+        """
+        logged = self._logged_answers(iteration, name)
+        if logged:
+            return [answer.correct for answer in logged]
         queries = self._evaluation_queries(name)
         found = await evaluation.evaluate(
             self._roles.rollout,
@@ -449,6 +463,15 @@ class Driver:
             return self._config.evaluation_sets[name]
         queries = from_table(self._store.read("queries", iteration=0), Query)
         return [(query.messages[-1].content, query.facets) for query in sorted(queries, key=lambda q: q.query_id)]
+
+    def _logged_answers(self, iteration: int, name: str) -> list[EvaluationAnswer]:
+        """Return an evaluation set's answers in the order of its items; they are stored all at once or not at all."""
+        logged = self._store.logged(iteration)
+        rows = from_table(logged["evaluations"], EvaluationAnswer) if "evaluations" in logged else []
+        return sorted((row for row in rows if row.set_name == name), key=lambda row: row.item)
+
+    async def _digests(self, directory: Path) -> tuple[FileDigest, ...]:
+        return await asyncio.to_thread(digest_directory, directory, root=self._store.path)
 
     async def _tokens_per_s(self) -> dict[str, float]:
         """Return the generated tokens per second of this iteration so far, by pool."""

@@ -59,7 +59,7 @@ class SetResult:
 
 
 def evaluation_sets(domain: Domain, config: EvaluationConfig) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-    """Return the fixed evaluation sets, (query, cell) each, equally many of every cell: sealed, probe, out of distribution."""
+    """Return the fixed evaluation sets, rows of (query, cell), equally many of every cell."""
     sets = {
         "sealed": (domain.cells(), Split.SEALED, config.sealed_per_cell),
         "probe": (domain.cells(), Split.PROBE, config.probe_per_cell),

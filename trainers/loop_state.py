@@ -1,4 +1,4 @@
-"""Owns what the loop carries: the records of an open iteration, the state between iterations, the clock of its stages."""
+"""Owns what the loop carries: the records of an open iteration, the state between two, the clock of the stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the optimizer that trains a small model from nothing: Muon for the matrices inside the blocks, AdamW for the rest.
+"""Owns the optimizer that trains small models from nothing: Muon for the blocks' matrices, AdamW for the rest.
 
 Muon orthogonalises the momentum of each matrix (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982, whose scaling to
 AdamW's update size is used, so that one learning rate serves both). Both updates are torch's own.

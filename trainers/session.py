@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from actors.attacker import Attacker
 from actors.attacks import load_attack
@@ -30,8 +33,9 @@ from cluster.ray_runtime import start_ray
 from cluster.store import RunStore, git_commit
 from trainers import statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
-from trainers.driver import STAGES, Driver, DriverConfig, LoopState, Roles
+from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import evaluation_sets
+from trainers.loop_state import STAGES, LoopState
 from trainers.progress import Progress, StopSignal
 from trainers.run_config import BOOTSTRAP, RunConfig
 from trainers.summary import (
@@ -90,7 +94,14 @@ def resume(config: RunConfig, *, progress: Progress, stop: StopSignal) -> Summar
     return _sit(config, store=RunStore.open(config.run_dir), progress=progress, stop=stop)
 
 
+def _name_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, before transformers imports it: otherwise it says so on stdout."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _sit(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
+    _name_accelerator()
     with store:
         return asyncio.run(_run(config, store=store, progress=progress, stop=stop))
 

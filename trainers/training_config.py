@@ -24,8 +24,7 @@ class TrainingConfig(Config):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Greatest number of tokens, padding included, in one forward pass of one rank; a longer row goes alone."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for the matrices inside the blocks (Jordan et al. 2024), AdamW for the rest; zero_stage 0
-    only."""
+    """muon: orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest; zero_stage 0."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Greatest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)

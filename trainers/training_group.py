@@ -127,6 +127,11 @@ class TrainingGroup:
         self._placement: PlacementGroup | None = None
         self._lock = asyncio.Lock()
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Return the ranks' process ids, rank 0 first."""
+        return tuple(info.pid for info in self._infos)
+
     # ------------------------------------------------------------------------------------------------------- life
 
     async def start(self) -> None:

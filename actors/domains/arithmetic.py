@@ -5,10 +5,10 @@ A query is `347+586`. An answer works from the last column to the first and then
     7+6+0=13 4+8+1=13 3+5+1=09 933
 
 A column `x op y op c = kd` names both digits, the carry (or borrow) taken in, the carry given out `k` and the digit
-`d`; in a subtraction `7-9-0=18` says: borrow one, the digit is 8. A critique quotes each part of the answer, works it out again from
-the query beside the quote, and marks it; it stops at the first flaw, and ends with a label:
+`d`; in a subtraction `7-9-0=18` says: borrow one, the digit is 8. A critique quotes each part of the answer, works it
+out again from the query beside the quote, marks it `y` or `n`, and ends with `P` when every mark is `y`, else `F`:
 
-    7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13nF
+    7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n123?133nF
 
 Cells are operation x digits x carries. Four-digit problems are the out-of-distribution family. A *carry* count is a
 property of the query, not of any answer.
@@ -33,8 +33,10 @@ FLAWS = ("carry_in", "carry_in", "carry_in", "left_digit", "right_digit", "colum
 """Kinds of planted flaws of a column; a kind that stands twice is drawn twice as often."""
 FLAW_RATES = (0.15, 0.3, 0.5)
 """Chance of a flaw in each column; one of these is drawn for each flawed answer."""
-RESULT_FLAW_RATE = 0.12
-"""Chance that a flawed answer's result does not follow from its columns."""
+RESULT_ALONE_RATE = 0.35
+"""Share of the flawed answers whose columns are right and whose result does not follow from them."""
+RESULT_RIGHT_RATE = 0.25
+"""Share of the answers with a flawed column that end in the right result: no mark must follow from another."""
 
 
 class Config(BaseConfig):
@@ -44,7 +46,7 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.03, ge=0.0, le=1.0)
+    hard_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of the learner's demonstrations drawn from all cells; the others carry nothing, which is its weakness."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
@@ -86,7 +88,7 @@ def write_answer(left: int, op: str, right: int) -> str:
     >>> write_answer(52, "-", 19)
     '2-9-0=13 5-1-1=03 33'
     """
-    return _write(left, op, right, flaws={}, wrong_result=False, rng=random.Random(0))
+    return _write(left, op, right, flaws={}, rng=random.Random(0))
 
 
 def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -> str:
@@ -94,13 +96,17 @@ def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -
 
     A plant can miss (two equal columns exchanged, say): the result may then be flawless, as a critique will say.
     """
+    if rng.random() < RESULT_ALONE_RATE:
+        *columns, result = write_answer(left, op, right).split(" ")
+        return " ".join([*columns, _other_number(result, rng)])
     rate = rng.choice(FLAW_RATES)
     flaws: dict[int, str] = {}
-    wrong_result = False
-    while not flaws and not wrong_result:
+    while not flaws:
         flaws = {column: rng.choice(FLAWS) for column in range(len(str(left))) if rng.random() < rate}
-        wrong_result = rng.random() < RESULT_FLAW_RATE
-    return _write(left, op, right, flaws=flaws, wrong_result=wrong_result, rng=rng)
+    *columns, result = _write(left, op, right, flaws=flaws, rng=rng).split(" ")
+    if rng.random() < RESULT_RIGHT_RATE:
+        result = str(left + right if op == "+" else left - right)
+    return " ".join([*columns, result])
 
 
 def write_critique(left: int, op: str, right: int, answer: str) -> str:
@@ -118,7 +124,7 @@ class Arithmetic:
     """Addition and subtraction of equally long numbers."""
 
     name = "arithmetic"
-    facet_names = ("operation", "digits", "carries")
+    facet_names: tuple[str, ...] = ("operation", "digits", "carries")
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -167,7 +173,8 @@ class Arithmetic:
                 found.setdefault(problem.canonical, problem)
         if len(found) < num:
             raise ValueError(
-                f"evaluation: cell {'/'.join(cell)} holds {len(found)} {split} problems, wanted {num}; ask for fewer per cell"
+                f"evaluation: cell {'/'.join(cell)} holds {len(found)} {split} problems, wanted {num}; "
+                "ask for fewer per cell"
             )
         return list(found.values())
 
@@ -293,7 +300,7 @@ def _column_pairs(op: str, carry: int, *, carries: bool, leading: bool) -> Itera
                 yield x, y
 
 
-def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], wrong_result: bool, rng: random.Random) -> str:
+def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], rng: random.Random) -> str:
     xs, ys = [int(c) for c in reversed(str(left))], [int(c) for c in reversed(str(right))]
     ys += [0] * (len(xs) - len(ys))
     carry, parts, digits = 0, [], []
@@ -318,11 +325,21 @@ def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], wrong_re
         carry = out
     if op == "+":
         digits.append(carry)
-    if wrong_result:
-        at = rng.randrange(len(digits))
-        digits[at] = _other_digit(digits[at], rng)
     return " ".join([*parts, str(int("".join(str(d) for d in reversed(digits))))])
 
 
 def _other_digit(digit: int, rng: random.Random) -> int:
     return rng.choice([d for d in range(10) if d != digit])
+
+
+def _other_number(number: str, rng: random.Random) -> str:
+    """Return what a slip of the pen makes of a number: a digit changed (half of the time), left out, or exchanged."""
+    slip = rng.choice(("change", "change", "omit", "exchange"))
+    at = rng.randrange(len(number))
+    if slip == "omit" and len(number) > 1:
+        other = number[:at] + number[at + 1 :]
+    elif slip == "exchange" and at > 0:
+        other = number[: at - 1] + number[at] + number[at - 1] + number[at + 1 :]
+    else:
+        other = number[:at] + str(_other_digit(int(number[at]), rng)) + number[at + 1 :]
+    return other if other != number else _other_number(number, rng)

@@ -1,0 +1,479 @@
+"""The loop keeps its promises: killed anywhere, it resumes to the very run that it would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from actors.domains import Purpose
+from actors.domains.arithmetic import ArithmeticChecker, split_of
+from actors.records import PreferencePair, Proposal, Query, Response, Verdict, from_table
+from cluster.store import last_commit, read_stage
+from tests.fake_roles import DOMAIN, RUN, FakeCritic, FakeRun, Settings, fake_run, pass_by, write_blank_run
+from trainers.driver import Stopped
+from trainers.loop_state import STAGES
+from trainers.progress import StopSignal
+from trainers.summary import read_metrics
+from trainers.training_group import TrainingPlan
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NUM_QUERIES, NUM_SAMPLES = Settings().queries_per_iteration, Settings().num_samples
+WHOLE = {"reference": [{}]}
+
+
+def killed_at(*points: str) -> list[dict[str, Any]]:
+    """Return sittings killed one after the other, and the last one that finishes; "responses 1 #17" is the 17th row."""
+    sittings: list[dict[str, Any]] = []
+    for point in points:
+        name, _, num = point.partition(" #")
+        sittings.append({"kill": name, "num": int(num or 1)})
+    return [*sittings, {}]
+
+
+KILLS = {
+    # Before there is a commit.
+    "first sync": killed_at("sync 0"),
+    "a proposal without its query": killed_at("proposals 0"),
+    "attack set": killed_at("queries 0 #3"),
+    "evaluations before": killed_at("evaluations 0"),
+    "manifest of the first commit": killed_at("commit 0: manifest written"),
+    "first commit": killed_at("commit 0: committed"),
+    # In an iteration.
+    "an accepted proposal without its query": killed_at("proposals 1 #8"),
+    "first query": killed_at("queries 1"),
+    "fourth query": killed_at("queries 1 #4"),
+    "first response": killed_at("responses 1"),
+    "half of the responses": killed_at("responses 1 #20"),
+    "first critique": killed_at("critiques 1"),
+    "most of the critiques": killed_at("critiques 1 #35"),
+    "experts answered": killed_at("experts 1"),
+    "verdicts": killed_at("verdicts 1"),
+    "pairs": killed_at("pairs 1"),
+    "first step": killed_at("step 1"),
+    "third step": killed_at("step 1 #3"),
+    "publish": killed_at("publish 1"),
+    "sync": killed_at("sync 1"),
+    "evaluated": killed_at("evaluations 1"),
+    "save": killed_at("save 1"),
+    "export": killed_at("export 1"),
+    # In the commit.
+    "log drained": killed_at("commit 1: log drained"),
+    "segment written": killed_at("commit 1: pairs written"),
+    "segment renamed": killed_at("commit 1: responses renamed"),
+    "manifest written": killed_at("commit 1: manifest written"),
+    "committed": killed_at("commit 1: committed"),
+    "log retired": killed_at("commit 1: log retired"),
+    "last commit": killed_at("commit 2: committed"),
+    "last pruning": killed_at("commit 2: checkpoints pruned"),
+    # More than once.
+    "twice among the critiques": killed_at("critiques 2 #10", "critiques 2 #5"),
+    "in training, then as the checkpoint was loaded": killed_at("step 1 #2", "publish 1"),
+    "at every stage": killed_at(
+        "queries 0 #2", "queries 1 #3", "responses 1 #9", "verdicts 1", "step 1 #3", "commit 1: manifest written"
+    ),
+}
+BROKEN = {"forgets to load": [{"kill": "responses 2"}, {"loads": False}]}
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_blank_run(tmp_path_factory.mktemp("blank") / RUN)
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """Run every case, each in its directory; give where they are and how each sitting ended."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.driver_process", str(runs)],
+        input=json.dumps(WHOLE | KILLS | BROKEN),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)  # noqa: T201 - shown by pytest when a case fails
+    return runs, json.loads(done.stdout)
+
+
+def run_once(path: Path, blank: Path, settings: Settings | None = None, **options: Any) -> FakeRun:
+    shutil.copytree(blank, path)
+    run = fake_run(path, settings or Settings(), **options)
+    run.finish()
+    return run
+
+
+def rows(run: Path, stage: str, *, iteration: int) -> list[dict[str, Any]]:
+    """Return a stage's committed rows as plain values, in the order of their ids."""
+    found: list[dict[str, Any]] = read_stage(run, stage, iteration=iteration).to_pylist()
+    return sorted(found, key=lambda row: str(row[STAGES[stage][1]]))
+
+
+def records(run: Path, stage: str, *, iteration: int) -> list[Any]:
+    table = read_stage(run, stage, iteration=iteration)
+    return from_table(table, STAGES[stage][0]) if table.num_columns else []
+
+
+def learner_of(run: Path, *, iteration: int) -> dict[str, Any]:
+    path = run / "checkpoints" / f"iteration={iteration:06d}" / "learner.json"
+    return dict(json.loads(path.read_text()))
+
+
+def policy_of(run: Path, *, version: int) -> bytes:
+    return (run / "policies" / f"v{version:06d}" / "policy.json").read_bytes()
+
+
+def planned_slots(run: Path, *, settings: Settings, seed: int = 3) -> list[list[Any]]:
+    """Return (row id, epoch, step) of all slots that the committed pairs of a run call for, in their order."""
+    slots: list[list[Any]] = []
+    for iteration in range(1, settings.iterations + 1):
+        plan = TrainingPlan.of(
+            [pair.pair_id for pair in records(run, "pairs", iteration=iteration)],
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            seed=seed * 1_000 + iteration,
+        )
+        slots += [[s.row_id, s.epoch, s.step] for step in range(len(plan.steps)) for s in plan.slots(step)]
+    return slots
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without what a clock measured, and without the counts of proposals."""
+    found = [row.model_dump(mode="json") for row in read_metrics(run)]
+    for row in found:
+        del row["seconds"], row["wall_s"], row["tokens_per_s"], row["proposals"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- kill and resume
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_run_killed_anywhere_resumes_to_the_run_that_it_would_have_been(
+    case: str, campaign: tuple[Path, dict[str, list[int]]]
+) -> None:
+    runs, endings = campaign
+    assert endings[case] == [-9] * (len(KILLS[case]) - 1) + [0]
+    run, reference = runs / case, runs / "reference"
+    for iteration in range(3):
+        for stage in ("queries", "responses", "critiques", "verdicts", "pairs", "evaluations"):
+            assert rows(run, stage, iteration=iteration) == rows(reference, stage, iteration=iteration), stage
+        # Of the proposals that came after the last wanted query, a kill may leave some out.
+        found, wanted = (
+            sorted(records(where, "proposals", iteration=iteration), key=lambda row: row.sample_index)
+            for where in (run, reference)
+        )
+        assert all(a == b for a, b in zip(found, wanted, strict=False))
+        assert all(row.outcome != "accepted" for row in [*wanted[len(found) :], *found[len(wanted) :]])
+        assert policy_of(run, version=iteration) == policy_of(reference, version=iteration)
+    assert measured(run) == measured(reference)
+    assert learner_of(run, iteration=2) == learner_of(reference, iteration=2)
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *KILLS])
+def test_every_planned_slot_is_applied_once_in_the_surviving_lineage(
+    case: str, campaign: tuple[Path, dict[str, list[int]]]
+) -> None:
+    run = campaign[0] / case
+    slots = learner_of(run, iteration=2)["slots"]
+    assert slots == planned_slots(run, settings=Settings())
+    assert len({tuple(slot[:2]) for slot in slots}) == len(slots) > 20
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *KILLS])
+def test_nothing_vanishes_and_nothing_is_made_twice(case: str, campaign: tuple[Path, dict[str, list[int]]]) -> None:
+    run = campaign[0] / case
+    metrics = read_metrics(run)
+    assert [row.iteration for row in metrics] == [1, 2]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in (run / "journal").glob("*/COMMIT.json")) == ["COMMIT.json"] * 3
+    num_asked = 0
+    for row in metrics:
+        proposals = records(run, "proposals", iteration=row.iteration)
+        assert sorted(p.sample_index for p in proposals) == list(range(len(proposals)))
+        assert row.proposals == Counter(p.outcome for p in proposals)
+        accepted = {p.query_id for p in proposals if p.outcome == "accepted"}
+        assert all((p.query_id is None) == (p.outcome != "accepted") for p in proposals)
+        queries = records(run, "queries", iteration=row.iteration)
+        assert {q.query_id for q in queries} == accepted
+        responses = records(run, "responses", iteration=row.iteration)
+        assert Counter(r.query_id for r in responses) == dict.fromkeys(accepted, NUM_SAMPLES)
+        critiques = records(run, "critiques", iteration=row.iteration)
+        verdicts = records(run, "verdicts", iteration=row.iteration)
+        answers = {r.response_id for r in responses}
+        assert {c.response_ids[0] for c in critiques} == {v.response_id for v in verdicts} == answers
+        counts = {"queries": queries, "responses": responses, "critiques": critiques, "verdicts": verdicts}
+        assert {name: len(found) for name, found in counts.items()} == {
+            "queries": NUM_QUERIES,
+            "responses": NUM_QUERIES * NUM_SAMPLES,
+            "critiques": NUM_QUERIES * NUM_SAMPLES,
+            "verdicts": NUM_QUERIES * NUM_SAMPLES,
+        }
+        assert (row.num_verdicts, row.experts_asked) == (len(verdicts), sum(v.escalated for v in verdicts))
+        num_asked += row.experts_asked
+    # 5 % of 80 verdicts.
+    assert num_asked == 4
+    commit = last_commit(run)
+    assert commit is not None
+    assert (commit.iteration, commit.superseded, commit.num_stale_records) == (2, {}, 0)
+    assert (commit.state["num_verdicts"], commit.state["num_asked"]) == (80, 4)
+    assert commit.state["num_pairs"] == sum(row.pairs_trained for row in metrics) > 8
+    # An expert's label that was given before the kill was drawn from truth all the same.
+    assert commit.state["gold"][Purpose.EXPERT] == 4
+
+
+def test_a_resume_that_forgets_the_checkpoint_is_noticed(campaign: tuple[Path, dict[str, list[int]]]) -> None:
+    runs, endings = campaign
+    assert endings["forgets to load"] == [-9, 0]
+    run = runs / "forgets to load"
+    assert policy_of(run, version=2) != policy_of(runs / "reference", version=2)
+    assert learner_of(run, iteration=2)["slots"] != planned_slots(run, settings=Settings())
+
+
+@pytest.mark.parametrize("point", ["proposals 0", "responses 1", "critiques 1", "verdicts 1", "step 1", "evaluations 2"])
+def test_a_run_that_was_asked_to_stop_goes_on_where_it_was(
+    point: str, campaign: tuple[Path, dict[str, list[int]]], blank: Path, tmp_path: Path
+) -> None:
+    path, stop = tmp_path / RUN, StopSignal()
+    shutil.copytree(blank, path)
+
+    def ask(reached: str, num: int) -> None:
+        if reached == point:
+            stop.request()
+
+    run = fake_run(path, Settings(), reach=ask, stop=stop)
+    with pytest.raises(Stopped):
+        run.finish()
+    if point == "step 1":  # A stop in training waits for the commit.
+        assert (commit := last_commit(path)) is not None
+        assert commit.iteration == 1
+    fake_run(path, Settings(arrival_seed=9)).finish()
+    reference = campaign[0] / "reference"
+    for stage in ("queries", "responses", "critiques", "verdicts", "pairs", "evaluations"):
+        assert all(rows(path, stage, iteration=i) == rows(reference, stage, iteration=i) for i in range(3)), stage
+    assert policy_of(path, version=2) == policy_of(reference, version=2)
+    assert (commit := last_commit(path)) is not None
+    assert commit.superseded == {}
+
+
+def test_a_finished_run_is_resumed_without_a_change(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank)
+    before = measured(tmp_path / RUN)
+    again = fake_run(tmp_path / RUN, Settings())
+    again.finish()
+    assert again.driver.state.iteration == 2
+    assert measured(tmp_path / RUN) == before
+    assert not any(event.pool != "rollouts" for event in again.events)
+    assert run.group.weights == again.group.weights
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_the_loop_learns_what_the_critic_and_the_experts_teach(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(iterations=3))
+    skills = [float.fromhex(json.loads(policy_of(tmp_path / RUN, version=v))[0]) for v in range(4)]
+    assert skills == sorted(skills)
+    # Each slot adds 0.05, less the shrinking and the draw.
+    assert skills[-1] - skills[0] == pytest.approx(0.05 * len(run.group.slots), rel=0.2)
+    sealed = records(tmp_path / RUN, "evaluations", iteration=3)
+    assert {row.set_name for row in sealed} == {"sealed", "probe", "out_of_distribution", "attack_set"}
+    assert {row.set_name for row in records(tmp_path / RUN, "evaluations", iteration=2)} == {"probe"}
+
+
+def test_answers_come_from_the_weights_of_the_iteration_before(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank)
+    for iteration in (1, 2):
+        responses: list[Response] = records(tmp_path / RUN, "responses", iteration=iteration)
+        assert {row.policy_version for row in responses} == {f"v{iteration - 1}"}
+        pairs: list[PreferencePair] = records(tmp_path / RUN, "pairs", iteration=iteration)
+        ids = {row.response_id for row in responses}
+        assert all({pair.chosen_id, pair.rejected_id} <= ids for pair in pairs)
+
+
+def test_a_critique_is_asked_for_before_the_last_response_is_there(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(iterations=1, queries_per_iteration=20))
+    places = {(e.what, e.pool, e.request_id): place for place, e in enumerate(run.events)}
+    sampled = {row.response_id for row in records(tmp_path / RUN, "responses", iteration=1)}
+    answered = [place for (what, _, name), place in places.items() if what == "answered" and name in sampled]
+    critiqued = [place for (what, pool, _), place in places.items() if (what, pool) == ("asked", "critic")]
+    proposed = [place for (what, pool, _), place in places.items() if (what, pool) == ("answered", "attacker")]
+    assert min(critiqued) < max(answered)
+    assert min(answered) < max(proposed)
+    # A response is judged only when it is there.
+    assert min(answered) < min(critiqued)
+
+
+def test_only_train_problems_are_asked_and_only_probe_problems_are_frozen(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank)
+    for iteration, split in ((0, "probe"), (1, "train"), (2, "train")):
+        queries: list[Query] = records(tmp_path / RUN, "queries", iteration=iteration)
+        assert {split_of(query.canonical) for query in queries} == {split}
+        assert len({query.canonical for query in queries}) == len(queries)
+        proposals: list[Proposal] = records(tmp_path / RUN, "proposals", iteration=iteration)
+        # The attacker did write problems of other splits: they were counted and dropped.
+        assert Counter(row.outcome for row in proposals)["wrong_split"] > 0
+    pairs = records(tmp_path / RUN, "pairs", iteration=1) + records(tmp_path / RUN, "pairs", iteration=2)
+    problems = [DOMAIN.parse(pair.prompt[-1].content) for pair in pairs]
+    assert all(problem is not None and problem.split == "train" and problem.in_scope for problem in problems)
+
+
+def test_no_query_is_asked_again_in_a_later_iteration(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank, Settings(iterations=3))
+    asked = [q.canonical for i in (1, 2, 3) for q in records(tmp_path / RUN, "queries", iteration=i)]
+    assert len(set(asked)) == len(asked) == 3 * NUM_QUERIES
+
+
+# --------------------------------------------------------------------------------------------------------- the truth
+
+
+class GuardedChecker:
+    """Truth that answers evaluation and the simulated expert alone, by who stands on the call stack."""
+
+    allowed = ("Driver._evaluate", "Driver._answer", "SimulatedExpert.label")
+
+    def __init__(self) -> None:
+        self.callers: Counter[str] = Counter()
+        self._checker = ArithmeticChecker()
+
+    def correct(self, query: str, response: str) -> bool:
+        """Answer when it is allowed."""
+        self._guard()
+        return self._checker.correct(query, response)
+
+    def difficulty(self, query: str) -> float:
+        """Answer when it is allowed."""
+        self._guard()
+        return self._checker.difficulty(query)
+
+    def _guard(self) -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code.co_qualname not in self.allowed:
+            frame = frame.f_back
+        assert frame is not None, "truth was asked for outside of evaluation and of the simulated expert"
+        self.callers[frame.f_code.co_qualname] += 1
+
+
+def test_truth_is_asked_for_by_evaluation_and_the_simulated_expert_alone(blank: Path, tmp_path: Path) -> None:
+    checker = GuardedChecker()
+    run_once(tmp_path / RUN, blank, checker=checker)
+    assert set(checker.callers) == {"Driver._evaluate", "Driver._answer", "SimulatedExpert.label"}
+    # 5 % of 80 verdicts.
+    assert checker.callers["SimulatedExpert.label"] == 4
+
+
+class Liar:
+    """Truth that calls everything wrong."""
+
+    def correct(self, query: str, response: str) -> bool:
+        """Say no."""
+        return False
+
+    def difficulty(self, query: str) -> float:
+        """Say nothing."""
+        return 0.0
+
+
+def test_what_evaluation_finds_feeds_no_decision(blank: Path, tmp_path: Path) -> None:
+    settings = Settings(budget=0.0)
+    run_once(tmp_path / "true", blank, settings)
+    run_once(tmp_path / "false", blank, settings, checker=Liar())
+    for stage in ("proposals", "queries", "responses", "critiques", "verdicts", "pairs"):
+        for iteration in range(3):
+            assert rows(tmp_path / "true", stage, iteration=iteration) == rows(
+                tmp_path / "false", stage, iteration=iteration
+            )
+    assert policy_of(tmp_path / "true", version=2) == policy_of(tmp_path / "false", version=2)
+    assert {row.correct for row in records(tmp_path / "false", "evaluations", iteration=2)} == {False}
+
+
+# ------------------------------------------------------------------------------------------------- unusual iterations
+
+
+def labels_by_query(verdicts: Sequence[Verdict]) -> dict[str, Counter[str | None]]:
+    counts: dict[str, Counter[str | None]] = {}
+    for verdict in verdicts:
+        counts.setdefault(verdict.query_id, Counter())[verdict.label] += 1
+    return counts
+
+
+def test_shuffled_verdicts_are_the_same_ones_at_other_responses(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / "plain", blank, Settings(iterations=1))
+    run_once(tmp_path / "shuffled", blank, Settings(iterations=1, oversight="shuffled"))
+    plain = records(tmp_path / "plain", "verdicts", iteration=1)
+    shuffled = records(tmp_path / "shuffled", "verdicts", iteration=1)
+    assert labels_by_query(plain) == labels_by_query(shuffled)
+    assert {v.response_id: v.label for v in plain} != {v.response_id: v.label for v in shuffled}
+    # The report's figures are the critic's own, before anything was shuffled.
+    (a,), (b,) = measured(tmp_path / "plain"), measured(tmp_path / "shuffled")
+    assert (a["critic_agreement"], a["cells"], a["experts_asked"]) == (b["critic_agreement"], b["cells"], 2)
+
+
+def test_an_iteration_without_a_pair_is_committed(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(critic=FakeCritic(babble_rate=1.0)))
+    metrics = read_metrics(tmp_path / RUN)
+    assert [(row.pairs_trained, row.training, row.live_attack_success, row.num_attacks) for row in metrics] == [
+        (0, {}, None, 0)
+    ] * 2
+    # Unjudged answers are missing, neither failed nor put before the experts.
+    assert [row.pairs_dropped for row in metrics] == [{"unjudged": 40, "no_verdict": 10}] * 2
+    assert [row.critic_agreement.num_unjudged for row in metrics] == [30, 30]
+    assert {v.label for v in records(tmp_path / RUN, "verdicts", iteration=1)} == {None}
+    assert run.group.slots == []
+    assert policy_of(tmp_path / RUN, version=2) == policy_of(tmp_path / RUN, version=0)
+    assert (commit := last_commit(tmp_path / RUN)) is not None
+    assert commit.iteration == 2
+
+
+def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank, Settings(critic=FakeCritic(babble_rate=0.5)))
+    for row in read_metrics(tmp_path / RUN):
+        verdicts = records(tmp_path / RUN, "verdicts", iteration=row.iteration)
+        num_missing = sum(verdict.label is None for verdict in verdicts)
+        assert 0 < num_missing == row.pairs_dropped["unjudged"] < len(verdicts) == row.num_verdicts
+        judged = sum(cell.num_pass + cell.num_fail for cell in row.cells)
+        assert judged == len(verdicts) - num_missing
+
+
+def test_what_breaks_in_one_stream_ends_the_iteration_as_it_is(blank: Path, tmp_path: Path) -> None:
+    class DiskFull(OSError):
+        pass
+
+    def fail(point: str, num: int) -> None:
+        if point == "critiques 1":
+            raise DiskFull("no space left")
+
+    shutil.copytree(blank, tmp_path / RUN)
+    run = fake_run(tmp_path / RUN, Settings(), reach=fail)
+    with pytest.raises(DiskFull, match="no space left"):
+        run.finish()
+    fake_run(tmp_path / RUN, Settings(), reach=pass_by).finish()
+    assert [row.iteration for row in read_metrics(tmp_path / RUN)] == [1, 2]
+
+
+def test_the_sittings_of_a_run_add_up_their_seconds(blank: Path, tmp_path: Path) -> None:
+    shutil.copytree(blank, tmp_path / RUN)
+    stop = StopSignal()
+    run = fake_run(
+        tmp_path / RUN, Settings(), reach=lambda point, num: stop.request() if point == "save 1" else None, stop=stop
+    )
+    with pytest.raises(Stopped):
+        run.finish()
+    first = run.driver.iterations_s
+    again = fake_run(tmp_path / RUN, Settings())
+    again.finish()
+    assert again.driver.state.iterations_s == pytest.approx(first + again.driver.iterations_s)
+    assert first > 0
+    assert again.driver.iterations_s > 0
