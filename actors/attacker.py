@@ -27,7 +27,7 @@ class AttackerConfig(Config):
     """Sampling temperature."""
     max_tokens: int = Field(default=16, gt=0)
     """Longest proposal, in tokens."""
-    max_proposals_per_query: float = Field(default=12.0, ge=1.0)
+    max_proposals_per_query: float = Field(default=40.0, ge=1.0)
     """The attack gives up after this many proposals for each query that was wanted."""
 
 

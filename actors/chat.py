@@ -115,6 +115,21 @@ def _control_ids(tokenizer: Tokenizer) -> set[int]:
     return control
 
 
+def num_tokens_spanning(tokenizer: Tokenizer, token_ids: Sequence[int], *, num_chars: int) -> int:
+    """Return how many of the tokens it takes to spell the first `num_chars` characters of their text.
+
+    All of them when the text is shorter. The text of a prefix of tokens grows with the prefix, so bisection finds it.
+    """
+    low, high = 0, len(token_ids)
+    while low < high:
+        middle = (low + high) // 2
+        if len(decode(tokenizer, token_ids[:middle])) >= num_chars:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     import jinja2
 

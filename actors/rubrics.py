@@ -76,7 +76,7 @@ class StepMarks:
                         end=cursor,
                         quote=quote,
                         severity=3,
-                        category="step" if "=" in quote else "result",
+                        category="step" if len(quote) > 1 else "result",
                         explanation=f"recomputed from the query: {recomputed}",
                         fix=recomputed,
                     )

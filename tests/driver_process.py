@@ -72,7 +72,9 @@ def main() -> None:
     blank = write_blank_run(runs / "blank")
     reports = [runs / f"endings-{worker}.json" for worker in range(NUM_WORKERS)]
     workers = [
-        fork(lambda worker=worker: run_cases(runs, dict(cases[worker::NUM_WORKERS]), blank=blank, report=reports[worker]))
+        fork(
+            lambda worker=worker: run_cases(runs, dict(cases[worker::NUM_WORKERS]), blank=blank, report=reports[worker])
+        )
         for worker in range(NUM_WORKERS)
     ]
     assert [ending(worker) for worker in workers] == [0] * NUM_WORKERS

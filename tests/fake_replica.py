@@ -100,9 +100,7 @@ class FakeReplica:
 
     async def ready(self) -> ReplicaInfo:
         await asyncio.sleep(self.behaviour.start_delay_s)
-        return ReplicaInfo(
-            replica_id=self.replica_id, node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid()
-        )
+        return ReplicaInfo(replica_id=self.replica_id, node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
 
     async def generate(self, requests: Sequence[Any]) -> AsyncIterator[list[Any]]:
         self.versions_at_requests.append(self.version)

@@ -313,9 +313,7 @@ class FakeLearnerGroup:
         for index, step in enumerate(plan.steps):
             await asyncio.sleep(0)
             for slot in plan.slots(index):
-                self.weights = applied(
-                    self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id]
-                )
+                self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
                 self.slots.append((slot.row_id, slot.epoch, slot.step))
             reports.append(_report(index, epoch=step.epoch, optimizer_step=self._num_steps))
             self._num_steps += 1
@@ -558,4 +556,5 @@ def _driver_config(settings: Settings) -> DriverConfig:
         loss="dpo",
         loss_config=DpoConfig(),
         batch_size=settings.batch_size,
+        tokens_spanning=lambda ids, num_chars: min(num_chars, len(ids)),
     )

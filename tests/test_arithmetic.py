@@ -47,7 +47,9 @@ def value_of(left: int, op: str, right: int) -> int:
 def test_a_written_answer_is_right_and_well_formed(problem: tuple[int, str, int]) -> None:
     query = "".join(str(part) for part in problem)
     answer = write_answer(*problem)
-    assert answer.split(" ")[-1] == str(value_of(*problem))
+    result = answer.split(" ")[-1]
+    assert int(result) == value_of(*problem)
+    assert len(result) == len(str(problem[0])) + 1
     assert ArithmeticChecker().correct(query, answer)
     assert Arithmetic(Config()).well_formed(query, answer)
 
@@ -101,6 +103,11 @@ def test_most_planted_flaws_make_the_result_wrong(domain: Arithmetic) -> None:
     assert wrong / len(queries) > 0.7
 
 
+def _parts(answer: str) -> list[str]:
+    *columns, result = answer.split(" ")
+    return [*columns, *result]
+
+
 def _operands(query: str) -> tuple[int, str, int]:
     left, op, right = re.split(r"([+-])", query)
     return int(left), op, int(right)
@@ -123,7 +130,7 @@ def test_a_critique_fails_an_answer_exactly_when_it_departs_from_the_right_one(
     critique = write_critique(*problem, answer)
     assert critique.endswith("P") == (answer == right)
     assert ("n" in critique) == (answer != right)
-    departing = [(a, b) for a, b in zip(answer.split(" "), right.split(" "), strict=True) if a != b]
+    departing = [(a, b) for a, b in zip(_parts(answer), _parts(right), strict=True) if a != b]
     if departing:
         quoted, recomputed = departing[0]
         assert f"{quoted}?{recomputed}n" in critique

@@ -242,7 +242,9 @@ def test_a_resume_that_forgets_the_checkpoint_is_noticed(campaign: tuple[Path, d
     assert learner_of(run, iteration=2)["slots"] != planned_slots(run, settings=Settings())
 
 
-@pytest.mark.parametrize("point", ["proposals 0", "responses 1", "critiques 1", "verdicts 1", "step 1", "evaluations 2"])
+@pytest.mark.parametrize(
+    "point", ["proposals 0", "responses 1", "critiques 1", "verdicts 1", "step 1", "evaluations 2"]
+)
 def test_a_run_that_was_asked_to_stop_goes_on_where_it_was(
     point: str, campaign: tuple[Path, dict[str, list[int]]], blank: Path, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def right_or_wrong(request: GenerationRequest) -> str:
     """Answer additions rightly and well, subtractions with the bare right number, 11+11 wrongly."""
     query = request.messages[-1].content
     if query == "11+11":
-        return "1+1+0=02 1+1+0=02 23"
+        return "1+1+0=02 1+1+0=02 023"
     if "+" in query:
         left, right = map(int, query.split("+"))
         return write_answer(left, "+", right)

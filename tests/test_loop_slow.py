@@ -214,9 +214,7 @@ def replayed(run: Path, *, target: Path) -> Path:
     (base,) = (run.parent / ".cache").glob("bootstrap-*")
 
     async def replay() -> None:
-        group = TrainingGroup(
-            name="replay", source=ModelSource(path=str(base)), config=config.learner.training
-        )
+        group = TrainingGroup(name="replay", source=ModelSource(path=str(base)), config=config.learner.training)
         await group.start()
         try:
             for iteration in range(1, config.loop.iterations + 1):
@@ -250,6 +248,9 @@ def run_killed_and_resumed(
     sitting.kill_when(lambda: reached(run))
     # Ray's own processes notice that their driver is gone.
     sitting.assert_gone(timeout_s=60.0)
+    commit = last_commit(run)
+    assert commit is not None
+    assert commit.iteration == 0, "the kill came too late: iteration 1 was committed"
     resumed = sit("resume", name)
     assert resumed.end() == 0, resumed.output[-3000:]
     finished(run)

@@ -38,7 +38,7 @@ CACHE_FORMAT = 1
 class BootstrapConfig(Config):
     """How the base model is trained."""
 
-    steps: int = Field(default=1400, ge=1)
+    steps: int = Field(default=1600, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=40, ge=1)
     """Demonstrations per optimizer step."""

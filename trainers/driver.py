@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +88,8 @@ class DriverConfig:
     loss_config: Config
     batch_size: int
     """Pairs per optimizer step."""
+    tokens_spanning: Callable[[Sequence[int], int], int]
+    """How many of the learner's tokens it takes to spell so many characters (actors.chat.num_tokens_spanning)."""
 
 
 class Stopped(Exception):
@@ -258,6 +260,7 @@ class Driver:
             verdicts,
             config=self._config.preferences,
             run=self._run,
+            flaw_ends=self._flaw_ends(rollouts),
         )
         logged = self._store.logged(iteration)
         if "pairs" in logged:
@@ -498,6 +501,15 @@ class Driver:
         for query in rollouts.queries.values():
             archive.remember(query.canonical)
         return rollouts
+
+    def _flaw_ends(self, rollouts: Rollouts) -> dict[str, int]:
+        """Return, by response id, how many tokens reach to the end of the first flaw that a critique quotes."""
+        critiques = sorted(rollouts.critiques.values(), key=lambda critique: critique.critique_id, reverse=True)
+        flawed = {c.response_ids[0]: c.issues[0].end for c in critiques if c.parse_ok and c.issues}
+        return {
+            response_id: self._config.tokens_spanning(rollouts.responses[response_id].token_ids, end)
+            for response_id, end in flawed.items()
+        }
 
     def _check_stop(self) -> None:
         if self._stop.requested:

@@ -1,6 +1,10 @@
 """Owns how verdicts become preference pairs: chosen passes, rejected fails, the gap in P(good) at least the margin.
 
 All-pass and all-fail queries, ties and equal texts are dropped and counted (SCIENCE §3).
+
+A rejected response is cut where the critique's first quoted flaw ends: what follows from a flaw is not at fault, and
+pushing it down as well teaches a small model to babble. This is the critique's part in learning, after Step-DPO (Lai et
+al. 2024, arXiv 2406.18629), which cuts both sides at the first wrong step; here the chosen stays whole.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ class PreferenceConfig(Config):
     """Least gap in P(good) between chosen and rejected."""
     max_pairs_per_query: int = Field(default=2, ge=1)
     """Best against worst, second best against second worst, and so on, each response once."""
+    cut_at_flaw: bool = True
+    """Train against a rejected response only up to the end of the first flaw that the critique quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +46,14 @@ def build_pairs(
     *,
     config: PreferenceConfig,
     run: str,
+    flaw_ends: Mapping[str, int] | None = None,
 ) -> Pairs:
-    """Return best-versus-worst pairs, in an order that depends on the ids alone."""
+    """Return best-versus-worst pairs, in an order that depends on the ids alone.
+
+    Args:
+        flaw_ends: by response id, how many of its tokens reach to the end of its first quoted flaw.
+    """
+    cuts = flaw_ends if config.cut_at_flaw and flaw_ends is not None else {}
     by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
     dropped: Counter[str] = Counter()
     for verdict in verdicts:
@@ -65,7 +77,8 @@ def build_pairs(
             elif responses[chosen.response_id].text == responses[rejected.response_id].text:
                 dropped["same_text"] += 1
             else:
-                pairs.append(_pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank))
+                cut = cuts.get(rejected.response_id)
+                pairs.append(_pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut))
     return Pairs(pairs=tuple(pairs), dropped=dict(dropped))
 
 
@@ -93,6 +106,7 @@ def _pair(
     gap: float,
     run: str,
     rank: int,
+    cut: int | None,
 ) -> PreferencePair:
     good, bad = responses[chosen.response_id], responses[rejected.response_id]
     return PreferencePair(
@@ -109,7 +123,7 @@ def _pair(
         rejected=bad.text,
         prompt_token_ids=good.prompt_token_ids,
         chosen_token_ids=good.token_ids,
-        rejected_token_ids=bad.token_ids,
+        rejected_token_ids=bad.token_ids[:cut],
         margin=gap,
         weight=1.0,
         noise=0.0,

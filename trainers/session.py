@@ -18,7 +18,7 @@ import torch
 
 from actors.attacker import Attacker
 from actors.attacks import load_attack
-from actors.chat import encode_chat, load_tokenizer
+from actors.chat import encode_chat, load_tokenizer, num_tokens_spanning
 from actors.critic import Critic
 from actors.domains import Domain, GoldLedger, Purpose, Role, load_domain
 from actors.engine import Completion, EngineConfig, GenerationRequest, start_engine_replica
@@ -254,6 +254,7 @@ def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverC
         loss=config.loss.kind,
         loss_config=config.loss,
         batch_size=config.learner.training.batch_size,
+        tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
         ),

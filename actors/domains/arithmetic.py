@@ -2,13 +2,14 @@
 
 A query is `347+586`. An answer works from the last column to the first and then states the result:
 
-    7+6+0=13 4+8+1=13 3+5+1=09 933
+    7+6+0=13 4+8+1=13 3+5+1=09 0933
 
 A column `x op y op c = kd` names both digits, the carry (or borrow) taken in, the carry given out `k` and the digit
-`d`; in a subtraction `7-9-0=18` says: borrow one, the digit is 8. A critique quotes each part of the answer, works it
-out again from the query beside the quote, marks it `y` or `n`, and ends with `P` when every mark is `y`, else `F`:
+`d`; in a subtraction `7-9-0=18` says: borrow one, the digit is 8. The result has one digit more than the operands. A
+critique quotes each column and each digit of the result, works it out again from the query beside the quote, marks it
+`y` or `n`, and ends with `P` when every mark is `y`, else `F`:
 
-    7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n123?133nF
+    7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n1?1y2?3n3?3yF
 
 Cells are operation x digits x carries. Four-digit problems are the out-of-distribution family. A *carry* count is a
 property of the query, not of any answer.
@@ -28,7 +29,7 @@ from actors.records import Message, Split
 from cluster.config import Config as BaseConfig
 
 QUERY = re.compile(r"(\d{1,6})([+-])(\d{1,6})")
-ANSWER = re.compile(r"(\d[+-]\d[+-]\d=\d\d )+\d+")
+ANSWER = re.compile(r"((?:\d[+-]\d[+-]\d=\d\d )+)(\d+)")
 FLAWS = ("carry_in", "carry_in", "carry_in", "left_digit", "right_digit", "column", "digit", "digit", "carry_out")
 """Kinds of planted flaws of a column; a kind that stands twice is drawn twice as often."""
 FLAW_RATES = (0.15, 0.3, 0.5)
@@ -46,7 +47,7 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    hard_share: float = Field(default=0.012, ge=0.0, le=1.0)
     """Share of the learner's demonstrations drawn from all cells; the others carry nothing, which is its weakness."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
@@ -86,7 +87,7 @@ def write_answer(left: int, op: str, right: int) -> str:
     >>> write_answer(47, "+", 86)
     '7+6+0=13 4+8+1=13 133'
     >>> write_answer(52, "-", 19)
-    '2-9-0=13 5-1-1=03 33'
+    '2-9-0=13 5-1-1=03 033'
     """
     return _write(left, op, right, flaws={}, rng=random.Random(0))
 
@@ -105,7 +106,7 @@ def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -
         flaws = {column: rng.choice(FLAWS) for column in range(len(str(left))) if rng.random() < rate}
     *columns, result = _write(left, op, right, flaws=flaws, rng=rng).split(" ")
     if rng.random() < RESULT_RIGHT_RATE:
-        result = str(left + right if op == "+" else left - right)
+        result = write_answer(left, op, right).rsplit(" ", 1)[1]
     return " ".join([*columns, result])
 
 
@@ -113,11 +114,17 @@ def write_critique(left: int, op: str, right: int, answer: str) -> str:
     """Return the critique of an answer with as many parts as the right one: quote, recompute, mark; then the label.
 
     >>> write_critique(47, "+", 86, "7+6+0=13 4+8+0=12 123")
-    '7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n123?133nF'
+    '7+6+0=13?7+6+0=13y4+8+0=12?4+8+1=13n1?1y2?3n3?3yF'
     """
-    parts = zip(answer.split(" "), write_answer(left, op, right).split(" "), strict=True)
+    parts = zip(_parts(answer), _parts(write_answer(left, op, right)), strict=True)
     marked = [f"{quote}?{mine}{'y' if quote == mine else 'n'}" for quote, mine in parts]
     return "".join(marked) + ("P" if all(mark.endswith("y") for mark in marked) else "F")
+
+
+def _parts(answer: str) -> list[str]:
+    """Return what a critique judges one by one: the columns, then the digits of the result."""
+    *columns, result = answer.split(" ")
+    return [*columns, *result]
 
 
 class Arithmetic:
@@ -187,13 +194,12 @@ class Arithmetic:
         return (Message(role="user", content=text),)
 
     def well_formed(self, query: str, response: str) -> bool:
-        """Return whether a response is one column per digit, then a number."""
-        problem = self.parse(query)
-        return (
-            problem is not None
-            and ANSWER.fullmatch(response) is not None
-            and response.count(" ") == int(problem.facets[1])
-        )
+        """Return whether a response is one column per digit, then a number of one digit more."""
+        problem, answer = self.parse(query), ANSWER.fullmatch(response)
+        if problem is None or answer is None:
+            return False
+        digits = int(problem.facets[1])
+        return answer[1].count(" ") == digits and len(answer[2]) == digits + 1
 
     def demonstrations(self, role: Role, *, rng: random.Random, num: int, easy: bool = False) -> list[Demonstration]:
         """Return examples of a role's behaviour, from train problems in scope; easy ones have the fewest digits."""
@@ -323,9 +329,8 @@ def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], rng: ran
         parts.append(f"{x}{op}{y}{op}{carry}={out}{digit}")
         digits.append(digit)
         carry = out
-    if op == "+":
-        digits.append(carry)
-    return " ".join([*parts, str(int("".join(str(d) for d in reversed(digits))))])
+    digits.append(carry if op == "+" else 0)
+    return " ".join([*parts, "".join(str(d) for d in reversed(digits))])
 
 
 def _other_digit(digit: int, rng: random.Random) -> int:
@@ -333,13 +338,9 @@ def _other_digit(digit: int, rng: random.Random) -> int:
 
 
 def _other_number(number: str, rng: random.Random) -> str:
-    """Return what a slip of the pen makes of a number: a digit changed (half of the time), left out, or exchanged."""
-    slip = rng.choice(("change", "change", "omit", "exchange"))
+    """Return what a slip of the pen makes of a number: one or two digits changed, or two neighbours exchanged."""
     at = rng.randrange(len(number))
-    if slip == "omit" and len(number) > 1:
-        other = number[:at] + number[at + 1 :]
-    elif slip == "exchange" and at > 0:
-        other = number[: at - 1] + number[at] + number[at - 1] + number[at + 1 :]
-    else:
-        other = number[:at] + str(_other_digit(int(number[at]), rng)) + number[at + 1 :]
-    return other if other != number else _other_number(number, rng)
+    if at > 0 and rng.random() < 0.3 and number[at] != number[at - 1]:
+        return number[: at - 1] + number[at] + number[at - 1] + number[at + 1 :]
+    changed = {at, rng.randrange(len(number))} if rng.random() < 0.4 else {at}
+    return "".join(str(_other_digit(int(d), rng)) if i in changed else d for i, d in enumerate(number))
