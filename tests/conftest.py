@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cluster.ray_runtime import RayConfig, mapped_shm, shm_files, start_ray
+from tests.sitting import CONFIG, UNTRAINED, Sitting
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,3 +72,35 @@ def ray_session(short_tmp_path: Path, _nothing_is_left_behind: None) -> Iterator
             yield runtime.address
         finally:
             runtime.stop()
+
+
+@pytest.fixture(scope="session")
+def home(short_tmp_path: Path) -> Path:
+    """Give the directory with the configs and, once a run has trained it, the base model in runs/.cache."""
+    path = short_tmp_path / "loop"
+    path.mkdir()
+    where = f'temp_dir = "{short_tmp_path}"\ntoken_path = "{short_tmp_path / "loop-token"}"\n'
+    (path / "tiny.toml").write_text(CONFIG + where)
+    (path / "untrained.toml").write_text(UNTRAINED)
+    return path
+
+
+@pytest.fixture
+def sit(home: Path) -> Iterator[Callable[..., Sitting]]:
+    """Give what starts a sitting; at the end no process and no file in /dev/shm may be left of any."""
+    started: list[Sitting] = []
+    shm_before = shm_files()
+
+    def start(*words: str) -> Sitting:
+        started.append(Sitting(home, *words))
+        return started[-1]
+
+    yield start
+    try:
+        for sitting in started:
+            sitting.assert_gone(timeout_s=30.0)
+        files = sorted(name for name in shm_files() - shm_before if f"/dev/shm/{name}" not in mapped_shm())
+        assert not files, f"files left in /dev/shm: {files}"
+    finally:
+        for sitting in started:
+            sitting.close()

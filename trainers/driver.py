@@ -60,11 +60,11 @@ logger = logging.getLogger(__name__)
 class LoopConfig(Config):
     """How long the loop runs, and on what terms."""
 
-    iterations: int = Field(default=8, ge=1)
+    iterations: int = Field(default=10, ge=1)
     """Iterations of the loop."""
     queries_per_iteration: int = Field(default=192, ge=1)
     """Admitted queries per iteration."""
-    epochs: int = Field(default=2, ge=1)
+    epochs: int = Field(default=3, ge=1)
     """Passes over an iteration's pairs."""
     sync_deadline_s: float = Field(default=120.0, gt=0.0)
     """Longest time that a replica may take to load new weights and answer the parity probe."""

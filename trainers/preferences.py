@@ -25,7 +25,7 @@ class PreferenceConfig(Config):
 
     margin: float = Field(default=0.5, ge=0.0, le=1.0)
     """Least gap in P(good) between chosen and rejected."""
-    max_pairs_per_query: int = Field(default=2, ge=1)
+    max_pairs_per_query: int = Field(default=3, ge=1)
     """Best against worst, second best against second worst, and so on, each response once."""
     cut_at_flaw: bool = True
     """Train against a rejected response only up to the end of the first flaw that the critique quotes."""

@@ -99,7 +99,7 @@ class LearnerSection(Config):
 
     model: str = BOOTSTRAP
     """A Hugging Face directory or "bootstrap"."""
-    training: TrainingConfig = TrainingConfig(batch_size=64, learning_rate=1e-4, cpus_per_rank=0.5)
+    training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=1e-4, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
 
 
@@ -134,7 +134,7 @@ class RunConfig(Config):
     """The simulated expert."""
     preferences: PreferenceConfig = PreferenceConfig()
     """How pairs are chosen."""
-    loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 0.1})
+    loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 10.0})
     """What the learner is trained on: `kind` names a file of trainers/losses."""
     learner: LearnerSection = LearnerSection()
     """The model that is trained."""

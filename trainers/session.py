@@ -43,6 +43,7 @@ from trainers.summary import (
     CountedBeforeAfter,
     GainSummary,
     Gold,
+    IterationMetrics,
     Summary,
     WallSeconds,
     read_metrics,
@@ -51,6 +52,7 @@ from trainers.summary import (
     summarise_pairs,
     write_summary,
 )
+from trainers.tracking import TensorBoardTracker
 from trainers.training_group import ModelSource, TrainingGroup
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,27 @@ def _sit(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSi
         return asyncio.run(_run(config, store=store, progress=progress, stop=stop))
 
 
+class Recorded:
+    """A watcher that also writes every committed iteration to TensorBoard."""
+
+    def __init__(self, inner: Progress, tracker: TensorBoardTracker) -> None:
+        self._inner = inner
+        self._tracker = tracker
+
+    def stage(self, name: str, *, done: int, total: int | None = None) -> None:
+        """Pass on how far a stage is."""
+        self._inner.stage(name, done=done, total=total)
+
+    def row(self, metrics: IterationMetrics) -> None:
+        """Write an iteration and pass it on."""
+        self._tracker.log(metrics)
+        self._inner.row(metrics)
+
+    def note(self, text: str) -> None:
+        """Pass on a line."""
+        self._inner.note(text)
+
+
 async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
     wall = Wall(begin=time.monotonic())
     domain, checker = load_domain(config.domain.kind, config.domain)
@@ -120,6 +143,10 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
         base = await _base_model(config, domain=domain, progress=progress)
         wall.bootstrap = 0.0 if base is None else base.seconds
         roles = await _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
+        commit = store.last_commit()
+        tracker = stack.enter_context(
+            TensorBoardTracker(store.path, last_iteration=0 if commit is None else commit.iteration)
+        )
         driver = Driver(
             run=config.name,
             seed=config.seed,
@@ -128,7 +155,7 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
             domain=domain,
             gold=gold,
             config=_driver_config(config, domain=domain, model=_model(config.learner.model, base)),
-            progress=progress,
+            progress=Recorded(progress, tracker),
             stop=stop,
         )
         state = await driver.run()

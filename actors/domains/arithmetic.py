@@ -30,8 +30,21 @@ from cluster.config import Config as BaseConfig
 
 QUERY = re.compile(r"(\d{1,6})([+-])(\d{1,6})")
 ANSWER = re.compile(r"((?:\d[+-]\d[+-]\d=\d\d )+)(\d+)")
-FLAWS = ("carry_in", "carry_in", "carry_in", "left_digit", "right_digit", "column", "digit", "digit", "carry_out")
-"""Kinds of planted flaws of a column; a kind that stands twice is drawn twice as often."""
+FLAWS = (
+    "carry_in",
+    "carry_in",
+    "carry_in",
+    "left_digit",
+    "right_digit",
+    "column",
+    "digit",
+    "digit",
+    "carry_out",
+    "outcome",
+    "outcome",
+)
+"""Kinds of planted flaws of a column; a kind that stands twice is drawn twice as often. `outcome` changes carry and
+digit; half of the time as if no column could overflow (4-5-0=01)."""
 FLAW_RATES = (0.15, 0.3, 0.5)
 """Chance of a flaw in each column; one of these is drawn for each flawed answer."""
 RESULT_ALONE_RATE = 0.35
@@ -47,8 +60,10 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.012, ge=0.0, le=1.0)
-    """Share of the learner's demonstrations drawn from all cells; the others carry nothing, which is its weakness."""
+    hard_share: float = Field(default=0.013, ge=0.0, le=1.0)
+    """Share of the learner's demonstrations that carry or borrow; the others do neither, which is its weakness."""
+    borrow_weight: float = Field(default=5.0, gt=0.0)
+    """How much likelier one of those is from a cell that borrows than from one that carries; borrowing takes longer."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
 
@@ -229,8 +244,13 @@ class Arithmetic:
         return Demonstration(role=Role.ATTACKER, messages=self.attack_messages(cell), response=f"{left}{op}{right}")
 
     def _learner_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
-        uncarried = [cell for cell in cells if cell[2] == "0"]
-        cell = rng.choice(cells if rng.random() < self._config.hard_share else uncarried)
+        easy = [cell for cell in cells if cell[2] == "0"]
+        hard = [cell for cell in cells if cell[2] != "0"]
+        if hard and rng.random() < self._config.hard_share:
+            weights = [self._config.borrow_weight if cell[0] == "-" else 1.0 for cell in hard]
+            (cell,) = rng.choices(hard, weights=weights)
+        else:
+            cell = rng.choice(easy)
         left, op, right = self._train_problem(cell, rng)
         return Demonstration(
             role=Role.LEARNER,
@@ -326,6 +346,9 @@ def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], rng: ran
             digit = (digit + rng.choice((1, 9, 1, 9, 2, 8, 3, 5, 7))) % 10
         elif flaw == "carry_out":
             out = 1 - out
+        elif flaw == "outcome":
+            naive = rng.random() < 0.5
+            out, digit = (0, abs(total) % 10) if naive else (rng.randrange(2), rng.randrange(10))
         parts.append(f"{x}{op}{y}{op}{carry}={out}{digit}")
         digits.append(digit)
         carry = out
