@@ -345,15 +345,15 @@ def test_every_request_has_its_own_seed_and_prompt() -> None:
 
 def test_a_babbling_model_collapses_the_attack() -> None:
     pool = FakePool(lambda request: "babble")
-    with pytest.raises(AttackCollapsed, match="0 of 184 proposals were usable in iteration 1, wanted 10 queries"):
+    with pytest.raises(AttackCollapsed, match="0 of 464 proposals were usable in iteration 1, wanted 10 queries"):
         attacked(attacker_over(pool), Archive.empty(CELLS), num_queries=10)
-    # 12 proposals for each query that was wanted, and 64.
-    assert len(pool.asked) == 12 * 10 + 64
+    # 40 proposals for each query that was wanted, and 64.
+    assert len(pool.asked) == 40 * 10 + 64
 
 
 def test_a_model_that_repeats_itself_collapses_the_attack_too() -> None:
     pool = FakePool(lambda request: "93+66")
-    with pytest.raises(AttackCollapsed, match=r"1 of 184 .* train the attacker longer"):
+    with pytest.raises(AttackCollapsed, match=r"1 of 464 .* train the attacker longer"):
         attacked(attacker_over(pool), Archive.empty(CELLS), num_queries=10)
 
 

@@ -57,7 +57,7 @@ def test_greedy_answers_are_judged_in_the_order_of_their_queries(arrival_seed: i
     )
     assert found.correct == (True, False, True, True)
     assert found.well_formed == (True, True, False, True)
-    assert found.texts == ("7+6+0=13 4+8+1=13 133", "1+1+0=02 1+1+0=02 23", "33", "2+4+0=06 1+3+0=04 46")
+    assert found.texts == ("7+6+0=13 4+8+1=13 133", "1+1+0=02 1+1+0=02 023", "33", "2+4+0=06 1+3+0=04 046")
     assert (found.accuracy, found.form) == (0.75, 0.75)
     assert {(request.temperature, request.num_samples) for request in pool.asked} == {(0.0, 1)}
     assert gold.counts == Counter({"evaluation": 4})

@@ -6,6 +6,7 @@ is to judge, say) is masked. The result is cached by everything that it depends 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import ray
 from pydantic import Field
 
 from actors.chat import encode_chat, load_tokenizer
@@ -38,7 +38,7 @@ CACHE_FORMAT = 1
 class BootstrapConfig(Config):
     """How the base model is trained."""
 
-    steps: int = Field(default=1600, ge=1)
+    steps: int = Field(default=2400, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=40, ge=1)
     """Demonstrations per optimizer step."""
@@ -54,7 +54,7 @@ class BootstrapConfig(Config):
     """Share of demonstrations of the attacker's role."""
     learner_share: float = Field(default=0.12, ge=0.0, le=1.0)
     """Share of demonstrations of the learner's role; the critic's role has the rest."""
-    num_chunks: int = Field(default=10, ge=1)
+    num_chunks: int = Field(default=20, ge=1)
     """The data is made and handed over in this many pieces; one tick of the progress bar each."""
 
 
@@ -170,22 +170,32 @@ async def _train(
         num_done += 1
         progress.stage("bootstrap", done=num_done, total=config.steps)
 
-    for chunk, rows in enumerate(demonstration_mix(domain, config, seed=seed)):
+    chunks = enumerate(demonstration_mix(domain, config, seed=seed))
+
+    def next_table() -> pa.Table | None:
+        chunk, rows = next(chunks, (0, None))
+        if rows is None:
+            return None
         for row in rows:
             counts[row.role.value] += 1
-        ids = [f"{chunk}/{i}" for i in range(len(rows))]
-        table = pa.table(
+        return pa.table(
             {
-                "row_id": ids,
+                "row_id": [f"{chunk}/{i}" for i in range(len(rows))],
                 "prompt_token_ids": [encode_chat(tokenizer, row.messages) for row in rows],
                 "response_token_ids": [
                     [*tokenizer.encode(row.response, add_special_tokens=False), end_id] for row in rows
                 ],
             }
         )
-        plan = TrainingPlan.of(ids, batch_size=config.batch_size, epochs=1, seed=seed)
-        report = await group.update(
-            ray.put(table), loss="pretraining", loss_config=PretrainingConfig(), plan=plan, on_step=tick
+
+    table = await asyncio.to_thread(next_table)
+    while table is not None:
+        # The next piece is written while this one is trained on.
+        following = asyncio.create_task(asyncio.to_thread(next_table))
+        plan = TrainingPlan.of(
+            [str(row) for row in table.column("row_id").to_pylist()], batch_size=config.batch_size, epochs=1, seed=seed
         )
+        report = await group.update(table, loss="pretraining", loss_config=PretrainingConfig(), plan=plan, on_step=tick)
         logger.info("bootstrap: %d of %d steps, %s", num_done, config.steps, report.means)
+        table = await following
     return counts

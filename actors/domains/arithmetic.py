@@ -60,10 +60,12 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.013, ge=0.0, le=1.0)
+    hard_share: float = Field(default=0.003, ge=0.0, le=1.0)
     """Share of the learner's demonstrations that carry or borrow; the others do neither, which is its weakness."""
     borrow_weight: float = Field(default=5.0, gt=0.0)
     """How much likelier one of those is from a cell that borrows than from one that carries; borrowing takes longer."""
+    critic_borrow_weight: float = Field(default=2.5, gt=0.0)
+    """The same for the critic's demonstrations, which come from all cells."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
 
@@ -259,7 +261,8 @@ class Arithmetic:
         )
 
     def _critic_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
-        left, op, right = self._train_problem(rng.choice(cells), rng)
+        weights = [self._config.critic_borrow_weight if cell[0] == "-" and cell[2] != "0" else 1.0 for cell in cells]
+        left, op, right = self._train_problem(rng.choices(cells, weights=weights)[0], rng)
         flawed = rng.random() < self._config.flawed_share
         answer = write_flawed_answer(left, op, right, rng=rng) if flawed else write_answer(left, op, right)
         return Demonstration(
