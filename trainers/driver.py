@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 class LoopConfig(Config):
     """How long the loop runs, and on what terms."""
 
-    iterations: int = Field(default=6, ge=1)
+    iterations: int = Field(default=8, ge=1)
     """Iterations of the loop."""
     queries_per_iteration: int = Field(default=192, ge=1)
     """Admitted queries per iteration."""

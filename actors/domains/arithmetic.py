@@ -60,7 +60,7 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.0055, ge=0.0, le=1.0)
+    hard_share: float = Field(default=0.0047, ge=0.0, le=1.0)
     """Share of the learner's demonstrations that carry or borrow; the others do neither, which is its weakness."""
     borrow_weight: float = Field(default=5.0, gt=0.0)
     """How much likelier one of those is from a cell that borrows than from one that carries; borrowing takes longer."""
