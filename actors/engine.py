@@ -30,7 +30,7 @@ from actors.engine_thread import EngineThread, Finished, InferenceEngine, Sample
 from actors.generation import Completion, GenerationRequest, check_request, sample_seed
 from actors.records import Message
 from cluster.config import Config
-from cluster.log import start_log
+from cluster.log import quiet_libraries, start_log
 from cluster.placement import inside, place_gang
 from cluster.pool import EngineStats, Replica, ReplicaInfo
 from cluster.weight_sync import WeightAnswer, WeightManifest, iter_tensors
@@ -425,6 +425,9 @@ def make_vllm_engine(config: EngineConfig, seed: int) -> VllmEngine:
     Raises:
         ValueError: the installed vLLM is built for another device.
     """
+    import torch  # noqa: F401 - its loggers exist from here on, and it complains of what vLLM imports (no triton)
+
+    quiet_libraries()
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform

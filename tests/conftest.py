@@ -91,8 +91,8 @@ def sit(home: Path) -> Iterator[Callable[..., Sitting]]:
     started: list[Sitting] = []
     shm_before = shm_files()
 
-    def start(*words: str) -> Sitting:
-        started.append(Sitting(home, *words))
+    def start(*words: str, killed: str | None = None) -> Sitting:
+        started.append(Sitting(home, *words, killed=killed))
         return started[-1]
 
     yield start

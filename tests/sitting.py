@@ -7,11 +7,9 @@ by all others of the session.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -74,17 +72,19 @@ steps = 10
 
 
 class Sitting:
-    """One `elenchus.py run` or `resume` in a process group of its own."""
+    """One `elenchus.py run` or `resume` in a process group of its own, which may end itself at a point."""
 
-    def __init__(self, home: Path, *words: str) -> None:
+    def __init__(self, home: Path, *words: str, killed: str | None = None) -> None:
         self._mark = f"{time.time_ns()}"
         self._output = home / f"output-{self._mark}.txt"
+        program = [str(REPOSITORY / "elenchus.py")] if killed is None else ["-m", "tests.killed_sitting", killed]
         environment = {**os.environ, MARK: self._mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = str(REPOSITORY)
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
             environment.pop(name, None)
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "elenchus.py"), *words],
+                [sys.executable, *program, *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=home,
@@ -99,16 +99,6 @@ class Sitting:
     def end(self, *, timeout_s: float = 600.0) -> int:
         """Wait for the end and return the exit code."""
         return self.process.wait(timeout=timeout_s)
-
-    def kill_when(self, reached: Callable[[], bool], *, timeout_s: float = 600.0) -> None:
-        """End the process with SIGKILL as soon as a condition holds."""
-        deadline = time.monotonic() + timeout_s
-        while not reached():
-            assert self.process.poll() is None, f"ended before it could be killed:\n{self.output[-3000:]}"
-            assert time.monotonic() < deadline, f"the point of the kill was not reached:\n{self.output[-3000:]}"
-            time.sleep(0.01)
-        self.process.send_signal(signal.SIGKILL)
-        assert self.process.wait(timeout=30) == -signal.SIGKILL
 
     def left(self) -> list[psutil.Process]:
         """Return the living processes of this sitting, its orphans included."""

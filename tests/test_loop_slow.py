@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +15,15 @@ from actors.records import PreferencePair, from_table
 from cluster.store import last_commit, read_log, read_stage
 from tests.sitting import Sitting, finished
 from trainers.run_config import read_resolved
-from trainers.summary import read_metrics
 from trainers.training_group import ModelSource, TrainingGroup, TrainingPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def logged_stages(run: Path, *, iteration: int) -> list[str]:
-    """Return the stage of each record in the log of an open iteration, while its driver is writing."""
+    """Return the stage of each record that the log of an open iteration holds."""
     path = run / "journal" / f"iteration={iteration:06d}" / "append.log"
-    try:
-        payloads = read_log(path).payloads
-    except FileNotFoundError:
-        return []
+    payloads = read_log(path).payloads
     return [str(json.loads(payload[4 : 4 + int.from_bytes(payload[:4], "little")])["stage"]) for payload in payloads]
 
 
@@ -42,6 +38,7 @@ def replayed(run: Path, *, target: Path) -> Path:
         try:
             for iteration in range(1, config.loop.iterations + 1):
                 table = read_stage(run, "pairs", iteration=iteration)
+                assert table.num_rows > 0, f"no pairs in iteration {iteration}: nothing was trained"
                 plan = TrainingPlan.of(
                     [pair.pair_id for pair in from_table(table, PreferencePair)],
                     batch_size=config.learner.training.batch_size,
@@ -63,50 +60,39 @@ def assert_same_weights(found: Path, wanted: Path) -> None:
     assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
 
 
-def run_killed_and_resumed(
-    home: Path, sit: Callable[..., Sitting], *, name: str, reached: Callable[[Path], bool]
-) -> Path:
+def run_killed_and_resumed(home: Path, sit: Callable[..., Sitting], *, name: str, killed: str) -> list[str]:
+    """Run up to the kill, then to the end; return the stages of the records that the kill left."""
     run = home / "runs" / name
-    sitting = sit("run", "tiny.toml", "--name", name)
-    sitting.kill_when(lambda: reached(run))
+    sitting = sit("run", "tiny.toml", "--name", name, killed=killed)
+    assert sitting.end() == -signal.SIGKILL, sitting.output[-3000:]
     # Ray's own processes notice that their driver is gone.
     sitting.assert_gone(timeout_s=60.0)
     commit = last_commit(run)
     assert commit is not None
     assert commit.iteration == 0, "the kill came too late: iteration 1 was committed"
+    kept = logged_stages(run, iteration=1)
     resumed = sit("resume", name)
     assert resumed.end() == 0, resumed.output[-3000:]
     finished(run)
-    return run
+    return kept
 
 
 def test_a_run_killed_among_the_critiques_resumes_and_replays(
     home: Path, sit: Callable[..., Sitting], ray_session: str, tmp_path: Path
 ) -> None:
-    kept: list[str] = []
-
-    def reached(run: Path) -> bool:
-        kept[:] = logged_stages(run, iteration=1)
-        return "critiques" in kept and "verdicts" not in kept
-
-    run = run_killed_and_resumed(home, sit, name="among-critiques", reached=reached)
+    kept = run_killed_and_resumed(home, sit, name="among-critiques", killed="among-critiques")
+    assert kept.count("critiques") == 2
     assert "verdicts" not in kept
-    assert sum(row.pairs_trained for row in read_metrics(run)) > 0, "no pair, so nothing was trained"
+    run = home / "runs" / "among-critiques"
     assert_same_weights(replayed(run, target=tmp_path / "replayed"), run / "policies" / "v000002")
 
 
 def test_a_run_killed_in_training_resumes_and_replays(
     home: Path, sit: Callable[..., Sitting], ray_session: str, tmp_path: Path
 ) -> None:
-    seen: list[float] = []
-
-    def reached(run: Path) -> bool:
-        # Training has no record of its own: half a second after the pairs it is under way.
-        if "pairs" in logged_stages(run, iteration=1):
-            seen.append(time.monotonic())
-        return bool(seen) and time.monotonic() - seen[0] > 0.5
-
-    run = run_killed_and_resumed(home, sit, name="in-training", reached=reached)
+    kept = run_killed_and_resumed(home, sit, name="in-training", killed="in-training")
+    assert kept[-1] == "pairs"
+    run = home / "runs" / "in-training"
     assert_same_weights(replayed(run, target=tmp_path / "replayed"), run / "policies" / "v000002")
 
 
