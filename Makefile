@@ -1,10 +1,11 @@
 # What a fresh Linux machine needs: make, Python 3.11 or later, a C++ compiler.
 #   make demo [SEED=1] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
 #   make setup                       the environment alone                make test-slow   the slow ones
+#   make experiments [SEEDS="21 22"] the loop and its controls, hours     make help        this
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow experiments lint clean
 
 # The first Python that is new enough; `make PYTHON=/path/to/python3.12 …` chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 RUN := .venv/bin/python
 
 help:
-	@sed -n '1,3s/^# *//p' Makefile
+	@sed -n '2,/^$$/s/^# *//p' Makefile
 
 setup:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -31,6 +32,10 @@ test: setup
 
 test-slow: setup
 	@$(RUN) -m pytest -m slow
+
+SEEDS ?= 21 22 23 24 25
+experiments: setup
+	@$(RUN) -m benchmarks.experiments --seeds $(SEEDS)
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import signal
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -81,6 +83,8 @@ class Chat:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    version: str | None = None
+    """A committed version of the policy, such as v3, instead of the newest."""
     max_tokens: int = 64
     """Longest answer, in tokens."""
 
@@ -148,6 +152,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Flags]:
     rest, flags = split_flags(arguments) if name in CONFIGURED else (list(arguments), [])
     if name in COMMANDS:
         _refuse_unknown_flags(name, rest[1:])
+        _refuse_repeated_flags(name, rest[1:], flags)
     if name in CONFIGURED and {"-h", "--help"} & set(rest):
         _print_keys()
     return _parsed(rest), flags
@@ -214,6 +219,15 @@ def _refuse_unknown_flags(name: str, words: Sequence[str]) -> None:
             )
 
 
+def _refuse_repeated_flags(name: str, words: Sequence[str], flags: Flags) -> None:
+    """Raise UsageError for the first thing that is said twice, such as `--seed 1 seed=2`: which one counts?"""
+    said = [word[2:].split("=", 1)[0] for word in words if word.startswith("--")]
+    counts = Counter(key.replace("-", "_") for key in [*said, *(key for key, _ in flags)])
+    for key, times in counts.items():
+        if times > 1:
+            raise UsageError(f"elenchus {name}: got {key} {times} times on the command line, wanted it once")
+
+
 def _print_keys() -> None:
     from cluster.config import describe
     from trainers.run_config import RunConfig
@@ -236,7 +250,7 @@ def execute(command: Command, *, flags: Flags) -> int:
     """Do what a command says and return the exit code."""
     match command:
         case Demo():
-            return _run(paths=(), flags=[("name", command.name), ("seed", str(command.seed)), *flags])
+            return _run(paths=(), flags=[("name", json.dumps(command.name)), ("seed", str(command.seed)), *flags])
         case Run():
             return _run(paths=command.configs, flags=[*_run_flags(command), *flags])
         case Resume():
@@ -250,17 +264,17 @@ def execute(command: Command, *, flags: Flags) -> int:
 def _run_flags(command: Run) -> Flags:
     flags = []
     if command.name is not None:
-        flags.append(("name", command.name))
+        flags.append(("name", json.dumps(command.name)))
     if command.seed is not None:
         flags.append(("seed", str(command.seed)))
     return flags
 
 
 def _run(*, paths: Sequence[Path], flags: Flags) -> int:
-    from trainers.run_config import check_machine, load_run_config
+    from trainers.preflight import machine_problems
+    from trainers.run_config import load_run_config
 
-    config = load_run_config(paths, flags=flags)
-    check_machine(config)
+    config = load_run_config(paths, flags=flags, check=machine_problems)
     from trainers import session
 
     toml = "\n".join(path.read_text(encoding="utf-8") for path in paths) or None
@@ -269,10 +283,13 @@ def _run(*, paths: Sequence[Path], flags: Flags) -> int:
 
 def _resume(command: Resume) -> int:
     run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
-    from trainers import session
+    from trainers.preflight import check_resumable
     from trainers.run_config import read_resolved
 
-    config = read_resolved(run_dir / "resolved.json")
+    # Where the run is now: its directory may have been moved, or named from another folder.
+    config = read_resolved(run_dir / "resolved.json").model_copy(update={"runs_dir": command.runs_dir})
+    check_resumable(config, run_dir=run_dir)
+    from trainers import session
 
     return watched(config, lambda console, stop: session.resume(config, progress=console, stop=stop))
 
@@ -354,7 +371,7 @@ def _chat(command: Chat) -> int:
     run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
     from serve.chat import load_learner
 
-    learner = load_learner(run_dir)
+    learner = load_learner(run_dir, version=command.version)
     print(f"● {command.name} {learner.version}: ask, or end with Ctrl-D", file=sys.stderr)
     while True:
         try:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from actors.archive import Archive
 from actors.attacks import Attack, AttackPrompt, Outcome
 from actors.domains import Domain, Problem
-from actors.engine import Completion, GenerationRequest
+from actors.generation import Completion, GenerationRequest
 from actors.records import Proposal, Query, lineage_id
 from cluster.config import Config
-from cluster.pool import Pool
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
 
 
 class AttackerConfig(Config):

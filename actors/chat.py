@@ -5,7 +5,6 @@ Knows nothing of engines; rollouts, trainers and serving encode the same message
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -16,32 +15,6 @@ from actors.records import Message
 
 Tokenizer: TypeAlias = Any
 """A `transformers.PreTrainedTokenizerBase`; untyped, and too slow to import for its name alone."""
-
-
-def check_model_directory(path: str | Path) -> None:
-    """Check, without loading anything, that a Hugging Face directory holds a config, a tokenizer and a chat template.
-
-    Raises:
-        ValueError: one of them is missing; the message names the directory, the file and the remedy.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ValueError(f"model: no directory {str(directory)!r}; wanted a Hugging Face model directory")
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"model: {str(directory)!r} has no config.json; wanted a directory written by save_pretrained()"
-        )
-    tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((directory / name).is_file() for name in tokenizer_files):
-        raise ValueError(
-            f"model: {str(directory)!r} has no tokenizer; wanted one of {', '.join(tokenizer_files)}; "
-            "save it there by tokenizer.save_pretrained()"
-        )
-    if not _has_chat_template(directory):
-        raise ValueError(
-            f"model: {str(directory)!r} has no chat template; wanted chat_template.jinja or `chat_template` in "
-            "tokenizer_config.json; set tokenizer.chat_template and save the tokenizer there"
-        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -157,10 +130,3 @@ def _ids_of_text(tokenizer: Tokenizer, text: str, *, control: set[int]) -> list[
             "a message's text and cannot split them; remove them from the text"
         )
     return ids
-
-
-def _has_chat_template(directory: Path) -> bool:
-    if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
-        return True
-    config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from actors.engine import Completion, GenerationRequest
+from actors.generation import Completion, GenerationRequest
 from actors.records import Critique, Query, Response, lineage_id
 from actors.rubrics import Rubric
 from cluster.config import Config
-from cluster.pool import Pool
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
 
 
 class CriticConfig(Config):

@@ -20,16 +20,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
-from pydantic import Field
 
-from actors.chat import Tokenizer, check_model_directory, decode, encode_chat, label_token_id, load_tokenizer
+from actors.chat import Tokenizer, decode, encode_chat, label_token_id, load_tokenizer
+from actors.engine_config import EngineConfig
 from actors.engine_thread import EngineThread, Finished, InferenceEngine, Sample
 from actors.generation import Completion, GenerationRequest, check_request, sample_seed
+from actors.model_directory import check_model_directory, expected_shapes
 from actors.records import Message
-from cluster.config import Config
 from cluster.log import quiet_libraries, start_log
 from cluster.placement import inside, place_gang
 from cluster.pool import EngineStats, Replica, ReplicaInfo
@@ -52,39 +52,6 @@ FIRST = -1
 
 class EngineBroken(RuntimeError):
     """The engine failed in the middle of loading weights and holds neither the old ones nor the new ones."""
-
-
-class EngineConfig(Config):
-    """How one replica of a pool runs its model."""
-
-    model: str
-    """A Hugging Face model directory with tokenizer and chat template; a local path on every node."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Must be what the installed vLLM was built for."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of weights, activations and KV cache; "auto" takes the model's own."""
-    max_model_len: int | None = Field(default=None, ge=2)
-    """Tokens, prompt and samples together; None takes the model's own."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Greatest number of samples in one step."""
-    kv_cache_gb: float = Field(default=0.5, gt=0)
-    """GiB of KV cache on CPU; on GPU `gpu_memory_utilization` decides."""
-    threads: int = Field(default=1, ge=1)
-    """CPU threads of one replica's matrix products."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of each GPU's memory."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs per replica."""
-    enforce_eager: bool = True
-    """Compile nothing; False compiles kernels and records graphs, which pays for large models on GPUs alone."""
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    """"dummy" fills random weights: for a replica whose first weights come by a sync."""
-    base_seed: int = Field(default=0, ge=0)
-    """Replica i samples its unseeded requests with seed base_seed + i."""
-    weight_version: str = "v0"
-    """What the weights of the model directory are called until the first sync."""
-    coalesce_ms: float = Field(default=20.0, ge=0)
-    """Samples that finish within this many milliseconds travel to the caller together."""
 
 
 class _Stream:
@@ -329,21 +296,6 @@ class EngineActor:
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
-
-
-@cache
-def expected_shapes(model: str) -> Mapping[str, tuple[int, ...]]:
-    """Return name and shape of every parameter that an update must bring: `named_parameters()` of the model directory.
-
-    A tied head is not among them. Nothing is loaded: the model is built without memory.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        module = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def check_manifest(manifest: WeightManifest, *, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -599,6 +551,15 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     return environment
 
 
+def gpus_reserved(config: EngineConfig) -> float:
+    """Return what Ray reserves of a GPU for the actor itself: the share of its memory that vLLM will take.
+
+    So engines whose shares fit are placed on one GPU together. None on a CPU; none for tensor parallelism, whose
+    workers have whole GPUs of their own.
+    """
+    return config.gpu_memory_utilization if config.device == "cuda" and config.tensor_parallel_size == 1 else 0.0
+
+
 def start_engine_replica(
     config: EngineConfig,
     *,
@@ -618,11 +579,10 @@ def start_engine_replica(
         PlacementTimeout: the cluster has no room.
     """
     check_model_directory(config.model)
-    num_gpus = config.tensor_parallel_size if config.device == "cuda" else 0
-    alone = num_gpus <= 1
-    bundles: list[dict[str, float]] = [{"CPU": num_cpus, **({"GPU": 1.0} if num_gpus == 1 else {})}]
-    if not alone:
-        bundles += [{"GPU": 1.0} for _ in range(num_gpus)]  # vLLM's own workers, one per GPU
+    num_gpus = gpus_reserved(config)
+    bundles: list[dict[str, float]] = [{"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}]
+    if config.tensor_parallel_size > 1:
+        bundles += [{"GPU": 1.0} for _ in range(config.tensor_parallel_size)]  # vLLM's own workers, one per GPU
     # The suffix: a cluster admits a name once, also over several runs.
     group = place_gang(
         bundles,
@@ -634,7 +594,7 @@ def start_engine_replica(
         ray.remote(EngineActor)
         .options(
             num_cpus=num_cpus,
-            num_gpus=num_gpus if alone else 0,
+            num_gpus=num_gpus,
             max_restarts=0,
             scheduling_strategy=inside(group),
             runtime_env={"env_vars": engine_environment(config)},

@@ -1,19 +1,22 @@
 """Owns how critiques become verdicts, and which few cases go to experts.
 
 The critic decides; the least trusted verdicts are put before experts, within their budget; an expert's label
-overrides the critic's. Truth is not known here.
+overrides the critic's. Truth is not known here. The controls of the loop (SCIENCE §5) are other oversights: verdicts
+permuted, experts alone, the majority of the answers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pydantic import Field
 
+from actors.domains import Domain
 from actors.records import Critique, ExpertLabel, Query, Response, Verdict, lineage_id
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
@@ -25,9 +28,10 @@ AskExperts = Callable[[Sequence["Judged"]], Mapping[str, ExpertLabel]]
 class OversightConfig(Config):
     """How critiques become verdicts."""
 
-    kind: Literal["escalation", "single", "shuffled"] = "escalation"
-    """escalation: the least trusted go to experts; single: the critic alone; shuffled: escalation, then the final
-    verdicts are permuted within each query (a control: nothing should be learnt)."""
+    kind: Literal["escalation", "single", "shuffled", "experts_only", "majority"] = "escalation"
+    """escalation: the least trusted go to experts; single: the critic alone. Controls: shuffled, escalation's final
+    verdicts permuted within each query; experts_only, the budget spent on whole queries drawn at random, no verdict of
+    the critic's; majority, an answer passes when most answers to its query state the same result."""
     budget: float = Field(default=0.05, ge=0.0, le=1.0)
     """Greatest share of verdicts that experts are asked for."""
 
@@ -75,20 +79,70 @@ class Escalation:
         return verdicts
 
 
+class ExpertsOnly:
+    """A control: experts alone decide, on all responses of queries drawn at random while the budget lasts."""
+
+    def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
+        """Return the experts' verdicts; what they were not asked is unjudged."""
+        by_query = _places_by_query(judged)
+        drawn: list[int] = []
+        for query_id in sorted(by_query, key=lambda q: hashlib.sha256(f"experts_only/{q}".encode()).digest()):
+            if len(drawn) + len(by_query[query_id]) > num_allowed:
+                break
+            drawn += by_query[query_id]
+        labels = ask([judged[i] for i in drawn]) if drawn else {}
+        verdicts = [_unjudged(item) for item in judged]
+        for i in drawn:
+            verdicts[i] = _with_expert(verdicts[i], labels.get(judged[i].response.response_id))
+        return verdicts
+
+
+class Majority:
+    """A control: the result that most answers to a query state is taken for right; a tie judges none of them.
+
+    Self-consistency as a label (Wang et al. 2022, arXiv 2203.11171; Huang et al. 2022, arXiv 2210.11610).
+    """
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+
+    def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
+        """Return the majority's verdicts; a response that states no result fails, and has no vote."""
+        verdicts = [_unjudged(item) for item in judged]
+        for places in _places_by_query(judged).values():
+            results = {i: self._result(judged[i]) for i in places}
+            votes = Counter(result for result in results.values() if result is not None)
+            first, second = (*(num for _, num in votes.most_common(2)), 0, 0)[:2]
+            if first == second:
+                continue
+            ((winner, _),) = votes.most_common(1)
+            share = first / len(places)
+            for i in places:
+                passed = results[i] == winner
+                verdicts[i] = replace(
+                    verdicts[i],
+                    label=PASS if passed else FAIL,
+                    score=1.0 if passed else 0.0,
+                    confidence=max(share, 1.0 - share),
+                    source="majority",
+                )
+        return verdicts
+
+    def _result(self, item: Judged) -> str | None:
+        return self._domain.final_answer(item.query.messages[-1].content, item.response.text)
+
+
 class Shuffled:
-    """A control: verdicts of another oversight, permuted within each query."""
+    """A control: verdicts of another oversight, permuted within each query, the flaws they quote along with them."""
 
     def __init__(self, inner: Oversight) -> None:
         self._inner = inner
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
-        """Return the inner verdicts with label, score and confidence permuted within each query."""
+        """Return the inner verdicts with all that they say permuted within each query."""
         verdicts = self._inner.decide(judged, ask, num_allowed=num_allowed)
-        by_query: defaultdict[str, list[int]] = defaultdict(list)
-        for i, verdict in enumerate(verdicts):
-            by_query[verdict.query_id].append(i)
         shuffled = list(verdicts)
-        for query_id, places in by_query.items():
+        for query_id, places in _places_by_query(judged).items():
             sources = list(places)
             random.Random(f"shuffled/{query_id}").shuffle(sources)
             for place, source in zip(places, sources, strict=True):
@@ -100,15 +154,24 @@ class Shuffled:
                     confidence=taken.confidence,
                     source=taken.source,
                     escalated=taken.escalated,
+                    flaw_end=taken.flaw_end,
                 )
         return shuffled
 
 
-def make_oversight(config: OversightConfig) -> Oversight:
-    """Return the oversight that a config names."""
-    if config.kind == "single":
-        return Single()
-    return Shuffled(Escalation()) if config.kind == "shuffled" else Escalation()
+def make_oversight(config: OversightConfig, *, domain: Domain) -> Oversight:
+    """Return the oversight that a config names; the domain says what result an answer states, never which is right."""
+    match config.kind:
+        case "escalation":
+            return Escalation()
+        case "single":
+            return Single()
+        case "shuffled":
+            return Shuffled(Escalation())
+        case "experts_only":
+            return ExpertsOnly()
+        case "majority":
+            return Majority(domain)
 
 
 def critic_verdict(item: Judged) -> Verdict:
@@ -118,19 +181,39 @@ def critic_verdict(item: Judged) -> Verdict:
     """
     scores = [critique.score for critique in item.critiques if critique.score is not None]
     score = sum(scores) / len(scores) if scores else None
-    label = None if score is None else PASS if score >= 0.5 else FAIL
+    if score is None:
+        return _unjudged(item)
+    quoted = [critique.issues[0].end for critique in item.critiques if critique.parse_ok and critique.issues]
+    return replace(
+        _unjudged(item),
+        label=PASS if score >= 0.5 else FAIL,
+        score=score,
+        confidence=max(score, 1.0 - score),
+        flaw_end=quoted[0] if quoted else None,
+    )
+
+
+def _unjudged(item: Judged) -> Verdict:
     return Verdict(
         verdict_id=lineage_id(
             "", iteration=item.query.iteration, stage="verdicts", parents=[item.response.response_id]
         ),
         query_id=item.query.query_id,
         response_id=item.response.response_id,
-        label=label,
-        score=score,
-        confidence=None if score is None else max(score, 1.0 - score),
+        label=None,
+        score=None,
+        confidence=None,
         source="critic",
         escalated=False,
+        flaw_end=None,
     )
+
+
+def _places_by_query(judged: Sequence[Judged]) -> dict[str, list[int]]:
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for i, item in enumerate(judged):
+        places[item.query.query_id].append(i)
+    return dict(places)
 
 
 def _with_expert(verdict: Verdict, label: ExpertLabel | None) -> Verdict:

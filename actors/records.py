@@ -135,8 +135,10 @@ class Verdict:
     confidence: float | None
     """max(P(good), 1 - P(good)); 1.0 for an expert's label; None when unjudged."""
     source: str
-    """"critic" or "expert"; "checker" only under the gold regime."""
+    """"critic" or "expert"; "majority" in that control; "checker" only under the gold regime."""
     escalated: bool
+    flaw_end: int | None
+    """Characters of the response up to the end of the first flaw that the critique quotes; None when it quotes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +166,12 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationAnswer:
-    """One greedy answer to a problem of an evaluation set, judged by truth; never seen by any stage of learning."""
+    """One answer judged by truth, greedy or of the critic's agreement sample; never seen by any stage of learning."""
 
     answer_id: str
+    """In the agreement sample the id of the live response, whose critiques and verdict bear it too."""
     set_name: str
-    """"sealed", "probe", "out_of_distribution" or "attack_set"."""
+    """"sealed", "probe", "out_of_distribution" or "attack_set": greedy answers; "agreement": sampled live ones."""
     iteration: int
     item: int
     query: str
@@ -276,16 +279,21 @@ def to_table(records: Iterable[R], record_type: type[R]) -> pa.Table:
 def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
     """Return the rows of a table as records; the inverse of `to_table`.
 
+    An optional column that an older version did not write is None in every row.
+
     Raises:
-        ValueError: the table lacks a column of the record.
+        ValueError: the table lacks a required column of the record.
     """
     kind: type = record_type
     schema = schema_of(kind)
-    missing = [name for name in schema.names if name not in table.column_names]
+    absent = [name for name in schema.names if name not in table.column_names]
+    missing = [name for name in absent if not schema.field(name).nullable]
     if missing:
         raise ValueError(f"{record_type.__name__}: missing columns {missing}, have {table.column_names}")
     hints = typing.get_type_hints(record_type)
-    columns = {name: table.column(name).to_pylist() for name in schema.names}
+    columns = {
+        name: [None] * table.num_rows if name in absent else table.column(name).to_pylist() for name in schema.names
+    }
     return [
         record_type(**{name: _typed(columns[name][i], hints[name]) for name in schema.names})
         for i in range(table.num_rows)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from actors.engine import Completion, GenerationRequest
+from actors.generation import Completion, GenerationRequest
 from actors.records import Message, Query, Response, lineage_id
 from cluster.config import Config
-from cluster.pool import Pool
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
 
 
 class RolloutConfig(Config):

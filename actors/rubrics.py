@@ -10,7 +10,7 @@ import re
 from typing import Protocol
 
 from actors.domains import Domain
-from actors.engine import Completion
+from actors.generation import Completion
 from actors.records import Critique, Issue, Message, Query, Response
 
 PASS, FAIL = "pass", "fail"

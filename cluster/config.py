@@ -1,5 +1,6 @@
 """Owns how settings are read: TOML files laid over one another, then flags, then checked all at once.
 
+`${NAME}` in a text value is replaced by that environment variable. Secrets are refused, and shown in no message.
 Knows nothing of what is configured. Every message is one line: where it came from, what was found, what was wanted.
 """
 
@@ -9,6 +10,7 @@ import copy
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import tomllib
@@ -23,6 +25,22 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 C = TypeVar("C", bound="Config")
 Key = tuple[str, ...]
+
+MAX_DEPTH = 32
+"""Tables and lists inside one another; no settings need as many, and what reads them is recursive."""
+MAX_SHOWN = 60
+"""Characters of a value, or of a key, in a message."""
+MAX_LISTED = 240
+"""Characters of a list of what there is, in a message."""
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+SECRET_KEY = re.compile(r"(?i)(?:^|_)(?:api_?key|token|secret|password|passwd|credentials?)$")
+"""Keys that a secret would be written under; none of ours is called so."""
+SECRET_VALUE = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|AKIA[A-Z0-9]{16}"
+    r"|xox[abeprs]-[\w-]{10,}|sk-(?=[\w-]*\d)[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+"""Tokens of well-known services, by their own prefixes: stricter than what a log redacts, for this refuses a run."""
 
 
 class Config(BaseModel):
@@ -75,7 +93,10 @@ def read_settings(path: Path) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_message(path, text, str(error))]) from None
     except RecursionError:
-        raise ConfigError([f"{path}: got tables or lists nested a thousand deep, wanted a run's settings"]) from None
+        raise ConfigError([f"{path}: got tables or lists nested hundreds deep, wanted a run's settings"]) from None
+    except ValueError:
+        # Python itself refuses to read such a number, without saying where it stands.
+        raise ConfigError([f"{path}: got a number of thousands of digits, wanted one of 64 bits"]) from None
     return Settings(values=values, origins={key: f"{path}:{line}" for key, line in _key_lines(text)})
 
 
@@ -113,13 +134,27 @@ def validated(model: type[C], settings: Settings) -> C:
     Raises:
         ConfigError: with every problem there is, the checks across fields included.
     """
+    settings, refused = _usable(settings)
+    lines = list(refused.values())
     try:
-        return _validate(model, settings.values)
+        config = _validate(model, settings.values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    lines = [line for details in found for line in _lines_of(details, model=model, settings=settings)]
-    lines += _problems_beyond(found, model=model, settings=settings)
-    raise ConfigError(sorted(set(lines), key=_by_place))
+        lines += [line for details in found for line in _lines_of(details, model=model, settings=settings)]
+        lines += _problems_beyond(found, model=model, settings=settings, refused=refused)
+    if lines:
+        raise ConfigError(sorted(set(lines), key=_by_place))
+    return config
+
+
+def located(problems: Iterable[str], *, settings: Settings) -> list[str]:
+    """Return lines that begin with a key, each with the place that set it in front, in the order of the places."""
+    lines = []
+    for line in problems:
+        key = tuple(line.split(":", 1)[0].split("."))
+        place = _where(key, line, settings)
+        lines.append(line if place == "settings" else f"{place}: {line}")
+    return sorted(lines, key=_by_place)
 
 
 def _validate(model: type[C], values: dict[str, Any]) -> C:
@@ -127,9 +162,11 @@ def _validate(model: type[C], values: dict[str, Any]) -> C:
     return model.model_validate_json(json.dumps(values, default=str), strict=True)
 
 
-def _problems_beyond(found: list[ErrorDetails], *, model: type[C], settings: Settings) -> list[str]:
+def _problems_beyond(
+    found: list[ErrorDetails], *, model: type[C], settings: Settings, refused: Iterable[Key]
+) -> list[str]:
     """Return what the checks across fields say when the fields in error are left at their defaults."""
-    removed = {_path_in_values(details["loc"], settings.values) for details in found}
+    removed = {_path_in_values(details["loc"], settings.values) for details in found} | set(refused)
     if () in removed:
         return []
     values = copy.deepcopy(settings.values)
@@ -147,6 +184,78 @@ def _problems_beyond(found: list[ErrorDetails], *, model: type[C], settings: Set
         names = [".".join(path) for path in removed]
         return [line for line in lines if not any(name in line for name in names)]
     return []
+
+
+# ---------------------------------------------------------------------- values
+
+
+def _usable(settings: Settings) -> tuple[Settings, dict[Key, str]]:
+    """Return the settings with variables put in and without the keys that no config may hold, and a line for each."""
+    values = dict(settings.values)
+    refused: dict[Key, str] = {}
+    # By hand, not by recursion: how deep the tables are is one of the things to be checked.
+    waiting: list[tuple[Key, dict[str, Any]]] = [((), values)]
+    while waiting:
+        prefix, table = waiting.pop()
+        for name, value in list(table.items()):
+            path = (*prefix, name)
+            if isinstance(value, dict) and len(path) < MAX_DEPTH:
+                table[name] = dict(value)
+                waiting.append((path, table[name]))
+                continue
+            try:
+                _refuse_secret(name, value)
+                table[name] = _plain_value(value, depth=len(path))
+            except ValueError as error:
+                del table[name]
+                refused[path] = f"{_where(path, '', settings)}: {_dotted(path)}: {error}"
+    return Settings(values=values, origins=settings.origins), refused
+
+
+def _plain_value(value: Any, *, depth: int) -> Any:
+    """Return a value with variables put in.
+
+    Raises:
+        ValueError: what no config may hold, with what was got and wanted; the caller says where.
+    """
+    if depth >= MAX_DEPTH and isinstance(value, dict | list):
+        raise ValueError(f"got tables or lists nested {MAX_DEPTH} deep, wanted a run's settings")
+    if isinstance(value, list):
+        return [_plain_value(item, depth=depth + 1) for item in value]
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_secret(name, item)
+        return {name: _plain_value(item, depth=depth + 1) for name, item in value.items()}
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("got a whole number beyond 64 bits, wanted a smaller one")
+    if not isinstance(value, str):
+        return value
+    unset = sorted({name for name in VARIABLE.findall(value) if name not in os.environ})
+    if unset:
+        raise ValueError(
+            f"got {_shown(value)}, wanted a variable of the environment, {unset[0]} is not set: export {unset[0]}=…, "
+            "or write the value itself"
+        )
+    whole = VARIABLE.fullmatch(value)
+    expanded = VARIABLE.sub(lambda found: os.environ[found[1]], value)
+    if SECRET_VALUE.search(expanded):
+        raise ValueError(_INLINE_SECRET)
+    marks = [mark for mark in expanded if ord(mark) < 32 or ord(mark) == 127]
+    if marks:
+        raise ValueError(f"got text with the control character U+{ord(marks[0]):04X}, wanted one line of plain text")
+    # A value that is one variable and nothing else may be a number, as a flag's text may be.
+    return _flag_value(expanded) if whole else expanded
+
+
+_INLINE_SECRET = (
+    "got a secret written out (not shown), wanted it in a file that a key ending in _path names, or in the "
+    "environment: take it out of here, and revoke it if this was shared"
+)
+
+
+def _refuse_secret(name: str, value: Any) -> None:
+    if isinstance(value, str) and value and SECRET_KEY.search(name) and not VARIABLE.fullmatch(value):
+        raise ValueError(_INLINE_SECRET)
 
 
 # ---------------------------------------------------------------------- plug-ins
@@ -172,7 +281,7 @@ def load_plugin(package: str, kind: str, *, where: str) -> Any:
     """
     names = plugin_names(package)
     if kind not in names:
-        raise ValueError(f'{where}: got "{kind}", wanted one of {", ".join(names)}{_did_you_mean(kind, names)}')
+        raise ValueError(f"{where}: got {_shown(kind)}, wanted one of {_listed(names)}{_did_you_mean(kind, names)}")
     return importlib.import_module(f"{package}.{kind}")
 
 
@@ -223,11 +332,11 @@ def _lines_of(details: ErrorDetails, *, model: type[Config], settings: Settings)
     if details["type"] == "value_error":
         messages = str(details["ctx"]["error"]).splitlines()
         # A section's own check names its field first, "dtype: got …": with the section that is the key.
-        prefix = ".".join(path) + ("." if re.match(r"\w+: got ", messages[0]) else ": ") if path else ""
+        prefix = _dotted(path) + ("." if re.match(r"\w+: got ", messages[0]) else ": ") if path else ""
         return [f"{_where(path, prefix + message, settings)}: {prefix}{message}" for message in messages]
     if details["type"] == "json_invalid":
         return [f"settings: {details['msg']}"]
-    return [f"{_where(path, '', settings)}: {'.'.join(path)}: {_found_and_wanted(details, path, model=model)}"]
+    return [f"{_where(path, '', settings)}: {_dotted(path)}: {_found_and_wanted(details, path, model=model)}"]
 
 
 def _found_and_wanted(details: ErrorDetails, path: Key, *, model: type[Config]) -> str:
@@ -240,12 +349,12 @@ def _found_and_wanted(details: ErrorDetails, path: Key, *, model: type[Config]) 
     if kind == "union_tag_invalid":
         tag = str(context["tag"])
         names = [name.strip().strip("'") for name in str(context["expected_tags"]).split(",")]
-        return f'got kind = "{tag}", wanted one of {", ".join(names)}{_did_you_mean(tag, names)}'
+        return f"got kind = {_shown(tag)}, wanted one of {_listed(names)}{_did_you_mean(tag, names)}"
     if kind == "literal_error":
         wanted = str(context["expected"]).replace(" or ", ", ").replace("'", "")
         near = _did_you_mean(str(details["input"]), wanted.split(", "))
         return f"got {got}, wanted {'one of ' if ',' in wanted else ''}{wanted}{near}"
-    return f"got {got}, wanted {_wanted(kind, context) or details['msg'].removeprefix('Input should be ')}"
+    return f"got {got}, wanted {_wanted(kind, context) or _cut(details['msg'].removeprefix('Input should be '))}"
 
 
 def _wanted(kind: str, context: dict[str, Any]) -> str | None:
@@ -284,11 +393,11 @@ def _unknown_key(path: Key, loc: Sequence[int | str], *, model: type[Config]) ->
     prefix = path[:-1]
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
     if nearest:
-        return f"unknown key, did you mean {'.'.join((*prefix, nearest[0]))}?"
+        return f"unknown key, did you mean {_dotted((*prefix, nearest[0]))}?"
     elsewhere = [doc.key for doc in describe(model) if doc.key.split(".")[-1] == path[-1] and doc.key != ".".join(path)]
     if elsewhere:
         return f"unknown key, did you mean {' or '.join(elsewhere)}?"
-    return f"unknown key, wanted one of {', '.join(known)}"
+    return f"unknown key, wanted one of {_listed(known)}"
 
 
 def _keys_beside(loc: Sequence[int | str], *, model: type[Config]) -> list[str]:
@@ -353,11 +462,27 @@ def _nearest_file(path: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as TOML would show it, cut to what fits a line."""
+    """Return a value as TOML would show it, cut to what fits a line, without secrets."""
     if isinstance(value, dict):
         return "a table"
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _cut("".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text))
+
+
+def _dotted(path: Key) -> str:
+    """Return a key as TOML writes it: what is more than letters, digits, _ and - in quotes."""
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", part) else _shown(part) for part in path)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a list, the first of them where all would not fit a line."""
+    kept = [name for i, name in enumerate(names) if len(", ".join(names[: i + 1])) <= MAX_LISTED]
+    left = len(names) - len(kept)
+    return ", ".join(kept) + (f" and {left} more" if left else "")
 
 
 def _by_place(line: str) -> tuple[str, int]:
@@ -414,7 +539,8 @@ def _flag_value(text: str) -> Any:
         return {"true": True, "false": False}.get(word)
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
+        # Not TOML; or a number of so many digits that Python does not read it.
         parsed = {}
     # More than one key: the text held a line break and a statement of its own.
     if set(parsed) == {"value"}:
@@ -453,8 +579,8 @@ def _syntax_message(path: Path, text: str, message: str) -> str:
     else:
         lines = text.splitlines() or [""]
         line, column = len(lines), len(lines[-1]) + 1
-    reason = re.sub(r"\s*\(at .*\)$", "", message)
-    return f"{path}:{line}:{column}: not TOML: {reason[:1].lower()}{reason[1:]}"
+    reason = re.sub(r"\s*\(at .*\)$", "", message, flags=re.DOTALL)
+    return f"{path}:{line}:{column}: not TOML: {_cut(reason[:1].lower() + reason[1:])}"
 
 
 _STATEMENT = re.compile(r"[ \t]*(?:(?P<table>\[\[?)|(?P<skip>#[^\n]*|))")

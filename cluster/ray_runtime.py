@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
 import sys
 import tempfile
@@ -20,12 +22,13 @@ from typing import Any
 
 import psutil
 import ray
-from pydantic import Field
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
-from cluster.config import Config
+from cluster.ray_config import RayConfig as RayConfig
+from cluster.ray_config import address_to_join
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +40,8 @@ MAX_TEMP_DIR_CHARS = 45
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-
-class RayConfig(Config):
-    """Where Ray runs and what it may take."""
-
-    address: str | None = None
-    """Address of a running cluster ("10.0.0.1:6379", "auto"); without it RAY_ADDRESS counts, and without that a local
-    Ray is started."""
-    namespace: str = "elenchus"
-    """Ray namespace of the run's actors."""
-    num_cpus: int | None = Field(default=None, ge=1)
-    """Logical cores of the local Ray; by default those that this process may use."""
-    object_store_gb: float = Field(default=1.0, gt=0.0)
-    """Size of the local object store in GiB; it lives in shared memory."""
-    dashboard: bool = False
-    """Serve Ray's dashboard, on loopback."""
-    dashboard_port: int = Field(default=8265, ge=1, le=65535)
-    """Port of the dashboard."""
-    temp_dir: Path | None = None
-    """Parent of the local Ray's session directory; the system's temporary directory by default. Must be short."""
-    token_path: Path | None = None
-    """File of the authentication token; by default RAY_AUTH_TOKEN_PATH, and without that ~/.ray/auth_token."""
-    ship_code: bool = False
-    """When joining a cluster: send the packages of this project to its nodes."""
+ANSWER_DEADLINE_S = 5.0
+"""Longest time for a cluster's address to answer a first call."""
 
 
 @dataclass(slots=True)
@@ -99,15 +81,67 @@ def start_ray(config: RayConfig) -> RayRuntime:
     """Start a local Ray, or join the one at `config.address` or RAY_ADDRESS, and return the connection.
 
     Raises:
-        ValueError: authentication is switched off, the token file can't be used, or the temporary directory's path is
-            too long.
+        ValueError: authentication is switched off, the token file can't be used, the temporary directory's path is too
+            long, or the cluster to be joined is not there, knows another token or runs another version.
         RuntimeError: this process is connected to Ray already.
-        ConnectionError: nothing answers at the address.
+        ConnectionError: the cluster answered, but Ray can't connect.
     """
     if ray.is_initialized():
         raise RuntimeError("this process is connected to a Ray cluster already; call stop() on it first")
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    return _start_local(config) if address in (None, "", "local") else _join(config, address=str(address))
+    address = address_to_join(config)
+    return _start_local(config) if address is None else _join(config, address=address)
+
+
+def check_cluster(config: RayConfig) -> None:
+    """Check that the cluster to be joined answers and knows our token.
+
+    Ray itself (2.60) prints a warning every second and gives up after 20 s when the token is wrong, and waits for ever
+    where nothing listens.
+
+    Raises:
+        ValueError: nothing answers at the address, or not with this token; says what to set.
+    """
+    address = address_to_join(config)
+    if address is None:
+        return
+    if config.token_path is not None and not config.token_path.is_file():
+        raise ValueError(f"ray.token_path: no file {config.token_path}, wanted the one that holds the cluster's token")
+    where = f'{"ray.address" if config.address else "RAY_ADDRESS"}: got "{address}"'
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f'{where}, wanted "host:port", "ray://host:port" or "auto"')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_DEADLINE_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"{where}, where nothing answers ({error.strerror or error}), wanted the address of a running Ray: start "
+            "one there by `ray start --head`, or leave the address out for a local one"
+        ) from None
+    if not address.startswith("ray://") and os.environ.get("RAY_USE_TLS", "0") != "1":
+        _check_token(address, token=_token(config), where=where)
+
+
+def _check_token(address: str, *, token: str | None, where: str) -> None:
+    import grpc
+
+    # Ray's own channels ignore a proxy too.
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=ANSWER_DEADLINE_S, metadata=(("authorization", f"Bearer {token}"),) if token else ())
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise ValueError(
+                    f"{where}, where something answers that is no Ray ({error.code().name}), wanted the address of a "
+                    "running Ray, as `ray start --head` prints it"
+                ) from None
+            got = "a token that it does not know" if token else "no token"
+            raise ValueError(
+                f"{where} and {got}, wanted that cluster's: set ray.token_path to a file that holds it, or export "
+                "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN (on its head node `ray get-auth-token` prints it)"
+            ) from None
 
 
 def worker_stderr(*, pid: int, num_lines: int = 20) -> str:
@@ -192,10 +226,11 @@ def _start_local(config: RayConfig) -> RayRuntime:
 
 def _join(config: RayConfig, *, address: str) -> RayRuntime:
     started = time.monotonic()
+    check_cluster(config)
     environment: dict[str, str | None] = {"RAY_USAGE_STATS_ENABLED": "0"}
     if config.token_path is not None:
         environment["RAY_AUTH_TOKEN_PATH"] = str(config.token_path)
-    if "RAY_AUTH_MODE" not in os.environ and (config.token_path is not None or _has_token()):
+    if "RAY_AUTH_MODE" not in os.environ and _token(config) is not None:
         environment["RAY_AUTH_MODE"] = "token"
     on_loopback = address.removeprefix("ray://").startswith(("127.", "localhost:", "[::1]:"))
     if on_loopback:
@@ -217,9 +252,12 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
             configure_logging=False,
             runtime_env=shipped if config.ship_code else None,
         )
-    except BaseException:
+    except BaseException as error:
         ray.shutdown()
         _set_environment(restore)
+        refusal = _refusal(error, address=address)
+        if refusal is not None:
+            raise ValueError(refusal) from error
         raise
     finally:
         _use_loopback(False)
@@ -231,6 +269,28 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
         start_s=time.monotonic() - started,
         _restore=restore,
     )
+
+
+def _refusal(error: BaseException, *, address: str) -> str | None:
+    """Return what the user can do about a cluster that can't be joined; None when it is no fault of theirs."""
+    if isinstance(error, AuthenticationError):
+        return (
+            f'ray.address: got "{address}" and no token while RAY_AUTH_MODE asks for one, wanted that cluster\'s: set '
+            "ray.token_path to a file that holds it, or export RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        )
+    versions = re.findall(r"(?:Ray|Python): (\S+)", str(error))
+    if isinstance(error, RuntimeError) and str(error).startswith("Version mismatch") and len(versions) == 4:
+        there, here = versions[:2], versions[2:]
+        return (
+            f'ray.address: got "{address}", which runs Ray {there[0]} on Python {there[1]}, wanted Ray {here[0]} on '
+            f"Python {here[1]} as here: install the same on both sides"
+        )
+    if isinstance(error, ConnectionError) and address == "auto":
+        return (
+            'ray.address: got "auto" and no Ray on this machine, wanted a running one: start it by `ray start --head`, '
+            "or leave the address out for a local one"
+        )
+    return None
 
 
 def ensure_token(path: Path | None = None) -> Path | None:
@@ -283,10 +343,13 @@ def _reread_environment() -> None:
     RayletConfig.initialize("")
 
 
-def _has_token() -> bool:
+def _token(config: RayConfig) -> str | None:
+    """Return the token that Ray will send, from where Ray takes it; None when there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
+    path = config.token_path or (Path(named) if named else Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() or None if path.is_file() else None
 
 
 def _quiet_ray_logger() -> None:

@@ -5,7 +5,7 @@ Knows no alignment: a stage is a name, rows are Arrow tables, a row's identity i
     append(stage, table) ─► append log ─► fdatasync ─► acknowledged
     commit(iteration)    ─► log's rows, first per id ─► {stage}.parquet ─► COMMIT.json (atomic rename) ─► log retired
 
-    runs/NAME/  store.json LEASE config.toml resolved.json environment.json metrics.jsonl
+    runs/NAME/  store.json LEASE config.toml resolved.json models.json environment.json metrics.jsonl
                 journal/iteration=000007/{stage}.parquet COMMIT.json   (append.log while the iteration is open)
                 checkpoints/iteration=000007/  policies/v000007/  labels/  tensorboard/
 """
@@ -62,7 +62,7 @@ _RECORD_HEADER_BYTES = len(_MARKER) + _LENGTHS.size
 _GROUP_RECORDS = 64
 _ALIGNMENT = 64
 _LEASE_BYTES = 512
-_RUN_FILES = ("LEASE", "config.toml", "resolved.json", "environment.json", "metrics.jsonl")
+_RUN_FILES = ("LEASE", "config.toml", "resolved.json", "models.json", "environment.json", "metrics.jsonl")
 _RUN_DIRECTORIES = ("journal", "labels", "policies", "checkpoints", "tensorboard")
 
 
@@ -503,6 +503,26 @@ def last_commit(run: Path) -> Commit | None:
     return _newest_commit(run).commit
 
 
+def committed_policy(run: Path, version: str) -> Commit:
+    """Return the commit of a policy version, "v3" or the name of its directory, when its files are as committed.
+
+    Raises:
+        ValueError: there is no such version; names those that there are.
+        CorruptRun: a file of the policy is missing or changed.
+    """
+    iterations = _committed_iterations(run)
+    number = int(version[1:]) if version[:1] == "v" and version[1:].isdecimal() else -1
+    if number not in iterations:
+        there = f"{', '.join(f'v{i}' for i in iterations[-12:])}" if iterations else "nothing: none is committed yet"
+        more = f" (or an earlier one, from v{iterations[0]})" if len(iterations) > 12 else ""
+        raise ValueError(f'{run}: got version "{version}", wanted {"one of " if iterations else ""}{there}{more}')
+    commit = _read_commit(run, number)
+    failure = _files_failure(run, commit.policy)
+    if failure is not None:
+        raise CorruptRun(f"{run / failure}; restore the file from a copy, or take another version")
+    return commit
+
+
 def read_stage(run: Path, stage: str, *, iteration: int | None = None) -> pa.Table:
     """Return a stage's committed rows, of one iteration or (None) of all, without the lease.
 
@@ -548,8 +568,12 @@ def _commit_failure(run: Path, iteration: int) -> str | None:
         commit = _read_commit(run, iteration)
     except CorruptRun as error:
         return str(error)
-    wanted = [segment.file for segment in commit.segments.values()] + [*commit.checkpoint, *commit.policy]
-    for file in wanted:
+    return _files_failure(run, [*(one.file for one in commit.segments.values()), *commit.checkpoint, *commit.policy])
+
+
+def _files_failure(run: Path, files: Iterable[FileDigest]) -> str | None:
+    """Return the first file that is not as it was committed, and what is wrong with it."""
+    for file in files:
         path = run / file.path
         if not path.is_file():
             return f"{file.path} is missing"
@@ -765,6 +789,7 @@ class RunStore:
         config: Mapping[str, object],
         id_columns: Mapping[str, str],
         config_toml: str | None = None,
+        models: Mapping[str, object] | None = None,
         on_step: Callable[[str], None] = _no_step,
     ) -> Self:
         """Make a run's directory and return its store, open at iteration 0.
@@ -773,22 +798,25 @@ class RunStore:
             config: the resolved config, written to resolved.json.
             id_columns: for every stage that will be appended, its column of unique string ids.
             config_toml: what the user wrote, kept as config.toml.
+            models: what the models that the run begins with are recognised by, kept as models.json.
             on_step: called with the name of each step of a commit before the next begins; tests kill there.
 
         Raises:
             ValueError: the directory holds another run or other files, or a live driver holds it.
         """
-        _refuse_other_contents(path)
+        refuse_other_contents(path)
         path.mkdir(parents=True, exist_ok=True)
         sync_path(path.parent)
         lease = Lease(path / "LEASE")
         try:
-            _refuse_other_contents(path)
+            refuse_other_contents(path)
             for name in _RUN_DIRECTORIES:
                 (path / name).mkdir(exist_ok=True)
             write_json_atomic(path / "resolved.json", dict(config))
             if config_toml is not None:
                 write_bytes_atomic(path / "config.toml", config_toml.encode())
+            if models is not None:
+                write_json_atomic(path / "models.json", dict(models))
             write_json_atomic(path / "environment.json", environment())
             # Last: a directory with store.json is a run, one without is an unfinished creation that may be redone.
             manifest = {"format": FORMAT, "created": time.time(), "id_columns": dict(id_columns)}
@@ -1027,19 +1055,39 @@ def _brief(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}{'' if field.nullable else ' required'}" for field in schema)
 
 
+def check_resumable(run: Path) -> None:
+    """Check that a directory is a run of this format that no live driver holds.
+
+    Raises:
+        ValueError: it is none, or is held; says by whom.
+    """
+    _read_manifest(run)
+    Lease(run / "LEASE").release()
+
+
 def _read_manifest(run: Path) -> dict[str, Any]:
     path = run / "store.json"
     if not path.is_file():
         others = sorted(found.parent.name for found in run.parent.glob("*/store.json"))
         there = f"the runs there are {', '.join(others)}" if others else "there are no runs beside it"
         raise ValueError(f"{run}: got no run (store.json is missing), wanted a run's directory; {there}")
-    manifest = json.loads(path.read_bytes())
+    try:
+        manifest = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{path}: got no JSON object, wanted the file as it was written; restore it from a copy"
+        ) from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: got format {manifest.get('format')}, wanted {FORMAT}; use the version that wrote it")
-    return dict(manifest)
+    return manifest
 
 
-def _refuse_other_contents(path: Path) -> None:
+def refuse_other_contents(path: Path) -> None:
+    """Check that a new run may be made at a path.
+
+    Raises:
+        ValueError: it holds another run or other files, or is a file.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: got a file, wanted a new directory for the run; choose another name")
     if (path / "store.json").exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.chat import Tokenizer, decode, encode_chat, load_tokenizer
 from actors.domains import Domain, load_domain
-from cluster.store import last_commit
+from cluster.store import committed_policy, last_commit
 from trainers.run_config import read_resolved
 
 
@@ -37,23 +37,23 @@ class LocalLearner:
         return decode(self.tokenizer, output[0, len(token_ids) :].tolist())
 
 
-def load_learner(run_dir: Path) -> LocalLearner:
-    """Return the newest committed policy of a run.
+def load_learner(run_dir: Path, *, version: str | None = None) -> LocalLearner:
+    """Return the newest committed policy of a run, or the version that is asked for ("v3").
 
     Raises:
-        ValueError: the run has committed nothing yet.
+        ValueError: the run has committed nothing yet, or not this version; names those that there are.
     """
-    # transformers imports DeepSpeed where it is installed, which would announce on stdout what it found out about GPUs.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers import AutoModelForCausalLM
-
-    commit = last_commit(run_dir)
+    commit = last_commit(run_dir) if version is None else committed_policy(run_dir, version)
     if commit is None or not commit.policy:
         raise ValueError(
             f"{run_dir}: got no committed policy, wanted at least v0; go on by `elenchus resume {run_dir.name}`"
         )
     directory = (run_dir / commit.policy[0].path).parent
     config = read_resolved(run_dir / "resolved.json")
+    # transformers imports DeepSpeed where it is installed, which would announce on stdout what it found out about GPUs.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import AutoModelForCausalLM
+
     domain, _ = load_domain(config.domain.kind, config.domain)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return LocalLearner(

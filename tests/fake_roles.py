@@ -519,7 +519,7 @@ def fake_run(
                 run=RUN,
                 seed=3,
             ),
-            oversight=make_oversight(OversightConfig(kind=settings.oversight)),  # type: ignore[arg-type]
+            oversight=make_oversight(OversightConfig(kind=settings.oversight), domain=DOMAIN),  # type: ignore[arg-type]
             experts=desk,
             learner_group=group,  # type: ignore[arg-type]
             pools={"attacker": attacker, "rollouts": rollouts, "critic": critic},  # type: ignore[dict-item]

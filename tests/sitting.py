@@ -33,9 +33,9 @@ num_layers = 2
 num_heads = 2
 
 [bootstrap]
-steps = 500
-attacker_share = 0.15
-learner_share = 0.35
+steps = 1000
+attacker_share = 0.08
+learner_share = 0.15
 
 [attacker.sampling]
 max_proposals_per_query = 40.0

@@ -71,7 +71,14 @@ def make_judged(response_id: str, *scores: float | None, query_id: str = "q") ->
     )
 
 
-def make_verdict(response_id: str, score: float | None, *, query_id: str = "q", source: str = "critic") -> Verdict:
+def make_verdict(
+    response_id: str,
+    score: float | None,
+    *,
+    query_id: str = "q",
+    source: str = "critic",
+    flaw_end: int | None = None,
+) -> Verdict:
     """Return a verdict of P(good) `score`; None makes it unjudged."""
     return Verdict(
         verdict_id=f"verdict/{response_id}",
@@ -82,4 +89,5 @@ def make_verdict(response_id: str, score: float | None, *, query_id: str = "q", 
         confidence=None if score is None else max(score, 1.0 - score),
         source=source,
         escalated=source == "expert",
+        flaw_end=flaw_end,
     )

@@ -171,4 +171,5 @@ def _verdict(response_id: str, query_id: str, *, score: float, overruled: bool) 
         confidence=1.0 if overruled else max(score, 1 - score),
         source="expert" if overruled else "critic",
         escalated=overruled,
+        flaw_end=None,
     )

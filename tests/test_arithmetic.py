@@ -30,6 +30,30 @@ def domain() -> Arithmetic:
     return Arithmetic(Config())
 
 
+def test_instructions_teach_each_form_by_an_example_of_the_train_split() -> None:
+    domain = Arithmetic(Config(instructions=True))
+    system, asked = domain.learner_messages("52-19")
+    assert (system.role, asked.content) == ("system", "52-19")
+    query, answer = system.content.splitlines()[-2].removeprefix("Example: "), system.content.splitlines()[-1]
+    problem = domain.parse(query)
+    assert problem is not None
+    assert problem.split is Split.TRAIN
+    assert ArithmeticChecker().correct(query, answer)
+    *_, shown, flawed, critique = domain.critic_messages("52-19", "2-9-0=13 5-1-1=03 033")[0].content.splitlines()
+    assert shown == query
+    assert not ArithmeticChecker().correct(query, flawed)
+    assert critique == write_critique(347, "+", 586, flawed)
+    assert critique.endswith("F")
+    cell, example = domain.attack_messages(("+", "3", "2"))[0].content.splitlines()[-2:]
+    assert cell.endswith("".join(domain.parse(example).facets))  # type: ignore[union-attr]
+
+
+def test_without_instructions_a_prompt_is_the_roles_control_token() -> None:
+    domain = Arithmetic(Config())
+    assert [message.content for message in domain.learner_messages("52-19")] == ["52-19"]
+    assert [message.content for message in domain.attack_messages(("-", "2", "1"))] == [Role.ATTACKER, "-21"]
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[int, str, int]:
     digits = draw(st.integers(1, 6))
@@ -278,9 +302,33 @@ def test_a_cell_with_too_few_problems_is_refused_with_its_name() -> None:
         small.seeds(("+", "1", "0"), split="sealed", num=30, seed=0)
 
 
-def test_the_learner_is_hardly_shown_the_hard_cells(domain: Arithmetic) -> None:
-    rows = domain.demonstrations(Role.LEARNER, rng=random.Random(0), num=500)
-    cells = [problem.facets for row in rows if (problem := domain.parse(row.messages[-1].content)) is not None]
-    assert len(cells) == 500
-    hard = sum(int(digits) == 3 and int(carries) > 0 for _, digits, carries in cells) / len(cells)
-    assert hard < 0.2  # these are 5 of 12 cells: 0.42 were they drawn evenly
+def test_the_learners_teacher_forgets_what_a_column_should_take_in_and_nothing_else(domain: Arithmetic) -> None:
+    rows = domain.demonstrations(Role.LEARNER, rng=random.Random(0), num=6_000)
+    checker = ArithmeticChecker()
+    right: dict[tuple[str, int], list[bool]] = {}
+    for row in rows:
+        problem = domain.parse(row.problem)
+        assert problem is not None
+        solution = checker.solution(row.problem)
+        # How many columns take a carry or a borrow in.
+        num_taken_in = sum(column[3:6] in ("+1=", "-1=") for column in solution.split(" ")[:-1])
+        right.setdefault((problem.facets[0], num_taken_in), []).append(row.response == solution)
+        wrong_columns = [
+            (mine, own)
+            for mine, own in zip(row.response.split(" ")[:-1], solution.split(" ")[:-1], strict=True)
+            if mine[:3] != own[:3] or int(mine[4]) > int(own[4])
+        ]
+        assert wrong_columns == []  # the digits are the problem's own, and no carry is invented
+    for (_, num_taken_in), found in right.items():
+        # Each is remembered with chance 0.3, on its own; what is forgotten can spare a later one.
+        share = sum(found) / len(found)
+        bound = 4 * 0.5 / len(found) ** 0.5
+        assert share == pytest.approx(0.3**num_taken_in, abs=bound)
+    assert {num for _, num in right} == {0, 1, 2}
+
+
+def test_half_of_the_learners_demonstrations_carry_or_borrow(domain: Arithmetic) -> None:
+    rows = domain.demonstrations(Role.LEARNER, rng=random.Random(0), num=2_000)
+    hard = [problem.facets[2] != "0" for row in rows if (problem := domain.parse(row.problem)) is not None]
+    assert len(hard) == 2_000
+    assert sum(hard) / len(hard) == pytest.approx(0.5, abs=4 * 0.5 / 2_000**0.5)

@@ -120,10 +120,10 @@ def test_a_mistake_is_answered_by_place_found_and_wanted(tmp_path: Path, text: s
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = "seed = -1\n[loop]\niterations = 0\nepoch = 2\n[base_model]\nhidden_size = 10\nnum_heads = 4\n"
+    text = "seed = -1\n[loop]\niterations = -1\nepoch = 2\n[base_model]\nhidden_size = 10\nnum_heads = 4\n"
     assert problems_of(tmp_path, text, ("critic.replicas", "many")) == [
         "a.toml:1: seed: got -1, wanted at least 0",
-        "a.toml:3: loop.iterations: got 0, wanted at least 1",
+        "a.toml:3: loop.iterations: got -1, wanted at least 0",
         "a.toml:4: loop.epoch: unknown key, did you mean loop.epochs?",
         "a.toml:6: base_model.hidden_size: got 10, wanted a multiple of base_model.num_heads = 4: "
         "10 = 4 × 2 + 2; 8 would do",

@@ -63,7 +63,8 @@ KILLS = {
     "third step": killed_at("step 1 #3"),
     "publish": killed_at("publish 1"),
     "sync": killed_at("sync 1"),
-    "evaluated": killed_at("evaluations 1"),
+    "agreement with truth": killed_at("evaluations 1"),
+    "evaluated": killed_at("evaluations 1 #31"),
     "save": killed_at("save 1"),
     "export": killed_at("export 1"),
     # In the commit.
@@ -291,8 +292,8 @@ def test_the_loop_learns_what_the_critic_and_the_experts_teach(blank: Path, tmp_
     # Each slot adds 0.05, less the shrinking and the draw.
     assert skills[-1] - skills[0] == pytest.approx(0.05 * len(run.group.slots), rel=0.2)
     sealed = records(tmp_path / RUN, "evaluations", iteration=3)
-    assert {row.set_name for row in sealed} == {"sealed", "probe", "out_of_distribution", "attack_set"}
-    assert {row.set_name for row in records(tmp_path / RUN, "evaluations", iteration=2)} == {"probe"}
+    assert {row.set_name for row in sealed} == {"sealed", "probe", "out_of_distribution", "attack_set", "agreement"}
+    assert {row.set_name for row in records(tmp_path / RUN, "evaluations", iteration=2)} == {"probe", "agreement"}
 
 
 def test_answers_come_from_the_weights_of_the_iteration_before(blank: Path, tmp_path: Path) -> None:
@@ -376,6 +377,28 @@ def test_truth_is_asked_for_by_evaluation_and_the_simulated_expert_alone(blank: 
     assert checker.callers["SimulatedExpert.label"] == 4
 
 
+def test_the_answers_that_the_critic_was_compared_on_are_kept(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank, Settings(critic=FakeCritic(babble_rate=0.2)))
+    checker = ArithmeticChecker()
+    for row in read_metrics(tmp_path / RUN):
+        answers = [
+            answer
+            for answer in records(tmp_path / RUN, "evaluations", iteration=row.iteration)
+            if answer.set_name == "agreement"
+        ]
+        assert [answer.correct for answer in answers] == [checker.correct(a.query, a.text) for a in answers]
+        found = row.critic_agreement
+        assert (sum(a.correct for a in answers), len(answers)) == (found.num_good, found.num_good + found.num_bad)
+        assert found.num_unjudged == 30 - len(answers) > 0
+        # An answer bears the id of the live response, and so leads to its critiques.
+        scores = {c.response_ids[0]: c.score for c in records(tmp_path / RUN, "critiques", iteration=row.iteration)}
+        live = {r.response_id: r.text for r in records(tmp_path / RUN, "responses", iteration=row.iteration)}
+        assert all(live[answer.answer_id] == answer.text for answer in answers)
+        passed = [(scores[answer.answer_id] or 0.0) >= 0.5 for answer in answers]
+        good_passed = sum(p for p, answer in zip(passed, answers, strict=True) if answer.correct)
+        assert found.false_fail == pytest.approx(1 - good_passed / found.num_good)
+
+
 class Liar:
     """Truth that calls everything wrong."""
 
@@ -421,6 +444,34 @@ def test_shuffled_verdicts_are_the_same_ones_at_other_responses(blank: Path, tmp
     # The report's figures are the critic's own, before anything was shuffled.
     (a,), (b,) = measured(tmp_path / "plain"), measured(tmp_path / "shuffled")
     assert (a["critic_agreement"], a["cells"], a["experts_asked"]) == (b["critic_agreement"], b["cells"], 2)
+
+
+@pytest.mark.parametrize("oversight", ["experts_only", "majority"])
+def test_a_control_trains_on_its_own_labels_alone(oversight: str, blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank, Settings(oversight=oversight, budget=0.25))
+    source = {"experts_only": "expert", "majority": "majority"}[oversight]
+    for iteration in (1, 2):
+        judged = [v for v in records(tmp_path / RUN, "verdicts", iteration=iteration) if v.label is not None]
+        assert {verdict.source for verdict in judged} == {source}
+        pairs = records(tmp_path / RUN, "pairs", iteration=iteration)
+        assert {pair.source for pair in pairs} <= {source}
+        # What the critic quotes is no label of theirs: rejected answers stay whole.
+        responses = {r.response_id: r for r in records(tmp_path / RUN, "responses", iteration=iteration)}
+        assert all(pair.rejected_token_ids == responses[pair.rejected_id].token_ids for pair in pairs)
+    asked = [row.experts_asked for row in read_metrics(tmp_path / RUN)]
+    # A quarter of 40 verdicts allows two queries of four, then three: the rest is carried over.
+    assert asked == ([8, 12] if oversight == "experts_only" else [0, 0])
+
+
+def test_a_run_of_no_iteration_evaluates_the_learner_as_it_is(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(iterations=0))
+    assert read_metrics(tmp_path / RUN) == []
+    assert run.group.slots == []
+    commit = last_commit(tmp_path / RUN)
+    assert commit is not None
+    assert commit.iteration == 0
+    answered = Counter(row.set_name for row in records(tmp_path / RUN, "evaluations", iteration=0))
+    assert set(answered) == {"sealed", "out_of_distribution", "attack_set", "probe"}
 
 
 def test_an_iteration_without_a_pair_is_committed(blank: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.chat import check_model_directory, decode, encode_chat, label_token_id, load_tokenizer
+from actors.chat import decode, encode_chat, label_token_id, load_tokenizer
 from actors.engine import (
     FIRST,
     Completion,
@@ -26,6 +26,7 @@ from actors.engine import (
 )
 from actors.engine_thread import EngineThread, Finished, Sample
 from actors.generation import GenerationRequest, check_request, sample_seed
+from actors.model_directory import check_model_directory
 from actors.records import Message
 from cluster.weight_sync import TensorSpec, WeightManifest
 from tests.tiny_models import CHARACTERS, CONTROL_TOKENS, char_tokenizer, write_gpt2, write_llama

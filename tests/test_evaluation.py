@@ -91,9 +91,11 @@ def test_a_live_sample_holds_the_critic_beside_truth() -> None:
     verdicts = [make_verdict(name, score) for name, score in scores.items()]
     gold = ledger()
     found = live_sample(queries, responses, verdicts, size=10, seed=0, checker=gold.checker_for(Purpose.EVALUATION))
-    assert Counter(zip(found.truth, found.passed, found.scores, strict=True)) == Counter(
-        {(True, True, 0.9): 1, (False, True, 0.8): 1, (True, False, 0.3): 1}
-    )
+    assert sorted(zip(found.response_ids, found.truth, found.passed, found.scores, strict=True)) == [
+        ("r0000", True, True, 0.9),
+        ("r0001", False, True, 0.8),
+        ("r0002", True, False, 0.3),
+    ]
     # The unreadable one is missing, and truth is not asked about it.
     assert found.num_unjudged == 1
     assert gold.counts["evaluation"] == 3
@@ -118,6 +120,7 @@ def test_a_live_sample_is_uniform_fixed_by_its_seed_and_blind_to_arrival() -> No
 
 def test_agreement_is_balanced_accuracy_by_hand() -> None:
     live = LiveSample(
+        response_ids=tuple("abcdef"),
         # Good: 3 of 4 passed. Bad: 1 of 2 failed.
         truth=(True, True, True, True, False, False),
         passed=(True, True, True, False, False, True),

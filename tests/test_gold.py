@@ -128,7 +128,7 @@ def breaches(module: str, source: str) -> list[str]:
             found.append(f"{module}:{line} names answers that truth has judged")
     handed: set[ast.Call] = set()
     for call, function in calls_in(tree):
-        if function in ("correct", "difficulty") and module not in MAY_ASK:
+        if function in ("correct", "difficulty", "solution") and module not in MAY_ASK:
             found.append(f"{module}:{call.lineno} asks for truth")
         for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
             if isinstance(argument, ast.Call) and function in _receivers(module, argument):
@@ -177,6 +177,7 @@ def test_the_exceptions_are_all_in_use() -> None:
         ("actors/critic.py", "if gold.correct(query, text): pass", 1),
         ("actors/oversight.py", "from actors.records import EvaluationAnswer", 1),
         ("actors/attacks/new.py", "self.domain.difficulty(query)", 1),
+        ("trainers/bootstrap.py", "rows = [checker.solution(query) for query in queries]", 1),
         ("trainers/preferences.py", "checker = gold.checker_for(Purpose.EVALUATION)", 2),
         ("trainers/bootstrap.py", "domain.seeds(cell, split=Split.SEALED, num=1, seed=0)", 1),
         ("trainers/driver.py", "live_sample(a, checker=self._gold.checker_for(Purpose.EVALUATION))", 0),

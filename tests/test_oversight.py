@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.domains import GoldLedger, Purpose
-from actors.domains.arithmetic import ArithmeticChecker
+from actors.domains.arithmetic import Arithmetic, ArithmeticChecker
+from actors.domains.arithmetic import Config as ArithmeticConfig
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertQueue, SimulatedExpert, SimulatedExpertConfig
 from actors.oversight import (
     Escalation,
+    ExpertsOnly,
     Judged,
+    Majority,
     OversightConfig,
     Shuffled,
     Single,
     critic_verdict,
     make_oversight,
 )
-from actors.records import ExpertLabel, Verdict
-from tests.small_records import make_judged
+from actors.records import ExpertLabel, Issue, Verdict
+from tests.small_records import make_critique, make_judged
+
+DOMAIN = Arithmetic(ArithmeticConfig())
 
 
 def expert_label(response_id: str, label: str | None, *, expert: str = "ada") -> ExpertLabel:
@@ -231,16 +237,89 @@ def test_the_shuffle_is_the_same_each_time_and_in_any_order_of_queries() -> None
     assert by_response(Shuffled(Escalation()).decide(turned, nobody, num_allowed=0)) == by_response(first)
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("single", Single), ("escalation", Escalation), ("shuffled", Shuffled)])
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("single", Single),
+        ("escalation", Escalation),
+        ("shuffled", Shuffled),
+        ("experts_only", ExpertsOnly),
+        ("majority", Majority),
+    ],
+)
 def test_a_config_names_the_oversight(kind: str, wanted: type) -> None:
-    assert isinstance(make_oversight(OversightConfig.model_validate({"kind": kind})), wanted)
+    assert isinstance(make_oversight(OversightConfig.model_validate({"kind": kind}), domain=DOMAIN), wanted)
 
 
 def test_the_shuffled_control_asks_experts_as_the_main_run_does() -> None:
     plain, shuffled = Experts(), Experts()
     Escalation().decide(CASES, plain.ask, num_allowed=2)
-    make_oversight(OversightConfig(kind="shuffled")).decide(CASES, shuffled.ask, num_allowed=2)
+    make_oversight(OversightConfig(kind="shuffled"), domain=DOMAIN).decide(CASES, shuffled.ask, num_allowed=2)
     assert shuffled.asked == plain.asked
+
+
+def test_the_shuffle_moves_a_quoted_flaw_along_with_its_verdict() -> None:
+    judged = []
+    for i in range(8):
+        flaw = Issue(start=0, end=i, quote="", severity=1, category="step", explanation="", fix="")
+        critique = replace(make_critique(f"c{i}", response_id=f"r{i}", score=0.01 * i), issues=(flaw,))
+        judged.append(replace(make_judged(f"r{i}"), critiques=(critique,)))
+    verdicts = Shuffled(Single()).decide(judged, nobody, num_allowed=0)
+    assert sorted(v.flaw_end or 0 for v in verdicts) == list(range(8))
+    assert [v.flaw_end for v in verdicts] != list(range(8))
+    # Score and flaw come from the same critique.
+    assert all(v.score == pytest.approx(0.01 * (v.flaw_end or 0)) for v in verdicts)
+
+
+# ------------------------------------------------------------------------------------------------ the other controls
+
+
+def test_experts_alone_are_asked_for_whole_queries_within_the_budget() -> None:
+    judged = judged_queries(10)  # eight responses each
+    everything = Experts({item.response.response_id: "pass" for item in judged})
+    verdicts = ExpertsOnly().decide(judged, everything.ask, num_allowed=20)
+    # 20 allow two whole queries of eight.
+    assert len(everything.asked) == 16
+    drawn = {item.query.query_id for item in judged if item.response.response_id in everything.asked}
+    assert len(drawn) == 2
+    for verdict in verdicts:
+        known = verdict.query_id in drawn
+        assert (verdict.label, verdict.source, verdict.escalated) == (
+            ("pass", "expert", True) if known else (None, "critic", False)
+        )
+        assert verdict.flaw_end is None
+    again = Experts({item.response.response_id: "pass" for item in judged})
+    ExpertsOnly().decide(list(reversed(judged)), again.ask, num_allowed=20)
+    assert set(again.asked) == set(everything.asked)
+
+
+def test_experts_alone_leave_all_unjudged_when_no_query_fits_the_budget() -> None:
+    verdicts = ExpertsOnly().decide(judged_queries(3), nobody, num_allowed=7)
+    assert {verdict.label for verdict in verdicts} == {None}
+
+
+def majority_labels(*texts: str) -> list[tuple[str | None, float | None]]:
+    judged = [make_judged(f"r{i}", 0.9) for i in range(len(texts))]
+    answered = [
+        replace(item, response=replace(item.response, text=text)) for item, text in zip(judged, texts, strict=True)
+    ]
+    verdicts = Majority(DOMAIN).decide(answered, nobody, num_allowed=100)
+    assert {verdict.source for verdict in verdicts if verdict.label} <= {"majority"}
+    return [(verdict.label, verdict.confidence) for verdict in verdicts]
+
+
+def test_the_majoritys_result_passes_right_or_wrong() -> None:
+    columns = "7+6+0=13 4+8+1=13"
+    # 47+86: three state 123, which is wrong; one the right 133; one states nothing, and counts against the share.
+    found = majority_labels(*[f"{columns} 123"] * 3, f"{columns} 133", "no idea")
+    assert [label for label, _ in found] == ["pass", "pass", "pass", "fail", "fail"]
+    assert [confidence for _, confidence in found] == [pytest.approx(0.6)] * 5
+
+
+def test_a_tie_and_silence_judge_nothing() -> None:
+    columns = "7+6+0=13 4+8+1=13"
+    assert {label for label, _ in majority_labels(f"{columns} 123", f"{columns} 133")} == {None}
+    assert {label for label, _ in majority_labels("no", "idea")} == {None}
 
 
 # -------------------------------------------------------------------------------------------------- the expert desk

@@ -235,12 +235,36 @@ def test_the_attacker_is_shown_the_cell_that_it_is_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_the_learner_is_shown_answers_that_are_well_formed_and_right(name: str) -> None:
+def test_the_learner_is_shown_well_formed_answers_right_ones_and_wrong_ones(name: str) -> None:
     domain, checker = domain_called(name)
-    for row in domain.demonstrations(Role.LEARNER, rng=random.Random(0), num=100):
-        query = row.messages[-1].content
-        assert domain.well_formed(query, row.response)
-        assert checker.correct(query, row.response)
+    rows = domain.demonstrations(Role.LEARNER, rng=random.Random(0), num=200)
+    assert all(domain.well_formed(row.problem, row.response) for row in rows)
+    assert all(row.messages == domain.learner_messages(row.problem) for row in rows)
+    right = sum(checker.correct(row.problem, row.response) for row in rows)
+    assert 60 < right < 180, "a learner without a weakness, or without a start"
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_solution_is_right_and_states_a_final_answer(name: str) -> None:
+    domain, checker = domain_called(name)
+    for cell in domain.cells():
+        for problem in domain.seeds(cell, split=Split.TRAIN, num=8, seed=1):
+            solution = checker.solution(problem.text)
+            assert checker.correct(problem.text, solution)
+            assert domain.well_formed(problem.text, solution)
+            assert domain.final_answer(problem.text, solution)
+            assert domain.final_answer(problem.text, "no answer") is None
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_demonstration_names_the_problem_that_it_is_about(name: str) -> None:
+    domain, _ = domain_called(name)
+    for role in Role:
+        for row in domain.demonstrations(role, rng=random.Random(0), num=50):
+            problem = domain.parse(row.problem)
+            assert problem is not None
+            assert problem.split is Split.TRAIN
+            assert row.problem in "\n".join([*(message.content for message in row.messages), row.response])
 
 
 @pytest.mark.parametrize("name", DOMAINS)

@@ -31,8 +31,17 @@ def paired(*queries: Sequence[Scored], margin: float = 0.5, max_pairs: int = 2, 
         random.Random(shuffle).shuffle(asked)
         random.Random(shuffle + 1).shuffle(verdicts)
     return build_pairs(
-        asked, responses, verdicts, config=PreferenceConfig(margin=margin, max_pairs_per_query=max_pairs), run="test"
+        asked,
+        responses,
+        verdicts,
+        config=PreferenceConfig(margin=margin, max_pairs_per_query=max_pairs),
+        run="test",
+        tokens_spanning=a_token_a_character,
     )
+
+
+def a_token_a_character(token_ids: Sequence[int], num_chars: int) -> int:
+    return min(num_chars, len(token_ids))
 
 
 def ids(pairs: Pairs) -> list[tuple[str, str]]:
@@ -89,8 +98,39 @@ def test_equal_texts_count_once_on_each_side() -> None:
 def test_an_expert_on_either_side_makes_the_pair_an_experts() -> None:
     responses = {name: make_response(name, text=name, sample_index=i) for i, name in enumerate("ab")}
     verdicts = [make_verdict("a", 1.0, source="expert"), make_verdict("b", 0.2)]
-    (pair,) = build_pairs([make_query("q")], responses, verdicts, config=PreferenceConfig(), run="test").pairs
+    (pair,) = build_pairs(
+        [make_query("q")],
+        responses,
+        verdicts,
+        config=PreferenceConfig(),
+        run="test",
+        tokens_spanning=a_token_a_character,
+    ).pairs
     assert (pair.source, pair.margin) == ("expert", pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+    ("flaw_end", "cut_at_flaw", "kept"),
+    [(3, True, "wro"), (None, True, "wrong\0"), (3, False, "wrong\0"), (99, True, "wrong\0")],
+    ids=["cut at the flaw", "no flaw quoted", "not asked for", "a flaw past the end"],
+)
+def test_a_rejected_response_ends_with_its_first_quoted_flaw(
+    flaw_end: int | None, cut_at_flaw: bool, kept: str
+) -> None:
+    responses = {"a": make_response("a", text="right"), "b": make_response("b", text="wrong", sample_index=1)}
+    # The chosen response stays whole, whatever its own critique quotes.
+    verdicts = [make_verdict("a", 1.0, flaw_end=2), make_verdict("b", 0.0, flaw_end=flaw_end)]
+    (pair,) = build_pairs(
+        [make_query("q")],
+        responses,
+        verdicts,
+        config=PreferenceConfig(cut_at_flaw=cut_at_flaw),
+        run="test",
+        tokens_spanning=a_token_a_character,
+    ).pairs
+    assert "".join(map(chr, pair.rejected_token_ids)) == kept
+    assert "".join(map(chr, pair.chosen_token_ids)) == "right\0"
+    assert (pair.chosen, pair.rejected) == ("right", "wrong")
 
 
 @settings(deadline=None, max_examples=80)

@@ -5,12 +5,16 @@ Written as an ordinary Hugging Face directory, so that every later step takes th
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from actors.domains import Role
 from cluster.config import Config
+from trainers.training_config import TrainingConfig
 
 PAD, END, ASSISTANT, USER, SYSTEM = "<|pad|>", "<|end|>", "<|assistant|>", "<|user|>", "<|system|>"
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in Role)
@@ -29,6 +33,10 @@ CHAT_TEMPLATE = (
 """A system message that names a role becomes that role's control token; without one the learner speaks."""
 
 
+CACHE_FORMAT = 2
+"""Raise it when the data or the training of the bootstrap changes in a way that its config does not show."""
+
+
 class BaseModelConfig(Config):
     """Shape of the base model, a Llama with tied embeddings."""
 
@@ -42,6 +50,38 @@ class BaseModelConfig(Config):
     """Attention heads; the head size is hidden_size / num_heads."""
     max_positions: int = Field(default=256, gt=0)
     """Longest sequence, in tokens."""
+
+
+class BootstrapConfig(Config):
+    """How the base model is trained."""
+
+    steps: int = Field(default=2400, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=40, ge=1)
+    """Demonstrations per optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Muon learns this in about half the tokens that AdamW takes."""
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    """Peak learning rate; cosine schedule."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay of matrices."""
+    easy_first_share: float = Field(default=0.2, ge=0.0, lt=1.0)
+    """Share of the steps whose critic demonstrations are the shortest problems only: a curriculum."""
+    attacker_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of demonstrations of the attacker's role."""
+    learner_share: float = Field(default=0.12, ge=0.0, le=1.0)
+    """Share of demonstrations of the learner's role; the critic's role has the rest."""
+    num_chunks: int = Field(default=20, ge=1)
+    """The data is made and handed over in this many pieces; one tick of the progress bar each."""
+
+
+def cache_key(
+    config: BootstrapConfig, *, base_model: BaseModelConfig, domain: Config, training: TrainingConfig, seed: int
+) -> str:
+    """Return the name of the cached result: a hash of all that the result depends on."""
+    sections = [section.model_dump(mode="json") for section in (config, base_model, domain)]
+    parts = [CACHE_FORMAT, *sections, training.num_ranks, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_base_model(path: Path, config: BaseModelConfig, *, seed: int) -> Path:

@@ -7,7 +7,6 @@ is to judge, say) is masked. The result is cached by everything that it depends 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import random
@@ -16,46 +15,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
-from pydantic import Field
 
 from actors.chat import encode_chat, load_tokenizer
 from actors.domains import Demonstration, Domain, Role
 from cluster.config import Config
-from trainers.base_model import END, BaseModelConfig, write_base_model
+from trainers.base_model import END, BaseModelConfig, BootstrapConfig, write_base_model
+from trainers.base_model import cache_key as cache_key
 from trainers.losses.pretraining import Config as PretrainingConfig
 from trainers.progress import Progress
 from trainers.training_group import ModelSource, StepReport, TrainingConfig, TrainingGroup, TrainingPlan
 
 logger = logging.getLogger(__name__)
-
-CACHE_FORMAT = 1
-"""Raise it when the data or the training of the bootstrap changes in a way that its config does not show."""
-
-
-class BootstrapConfig(Config):
-    """How the base model is trained."""
-
-    steps: int = Field(default=2400, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(default=40, ge=1)
-    """Demonstrations per optimizer step."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """Muon learns this in about half the tokens that AdamW takes."""
-    learning_rate: float = Field(default=3e-3, gt=0.0)
-    """Peak learning rate; cosine schedule."""
-    weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay of matrices."""
-    easy_first_share: float = Field(default=0.2, ge=0.0, lt=1.0)
-    """Share of the steps whose critic demonstrations are the shortest problems only: a curriculum."""
-    attacker_share: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of demonstrations of the attacker's role."""
-    learner_share: float = Field(default=0.12, ge=0.0, le=1.0)
-    """Share of demonstrations of the learner's role; the critic's role has the rest."""
-    num_chunks: int = Field(default=20, ge=1)
-    """The data is made and handed over in this many pieces; one tick of the progress bar each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +38,9 @@ class BootstrapResult:
     seconds: float
     """0 when it came from the cache."""
     gold: dict[str, int]
-    """Demonstrations whose content was known to be right by construction, by role (SCIENCE §1)."""
+    """Demonstrations made with knowledge of the truth, by role (SCIENCE §1), those of a forgetful teacher included."""
     group: TrainingGroup | None
     """The group that trained it, still running, for whoever trains next; None when it came from the cache."""
-
-
-def cache_key(
-    config: BootstrapConfig, *, base_model: BaseModelConfig, domain: Config, training: TrainingConfig, seed: int
-) -> str:
-    """Return the name of the cached result: a hash of all that the result depends on."""
-    sections = [section.model_dump(mode="json") for section in (config, base_model, domain)]
-    parts = [CACHE_FORMAT, *sections, training.num_ranks, seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def demonstration_mix(domain: Domain, config: BootstrapConfig, *, seed: int) -> Iterator[list[Demonstration]]:
@@ -120,22 +83,19 @@ async def bootstrap(
     group = TrainingGroup(
         name="learner_group",
         source=ModelSource(path=str(start_dir)),
-        config=training.model_copy(
-            update={
-                "batch_size": config.batch_size,
-                "optimizer": config.optimizer,
-                "learning_rate": config.learning_rate,
-                "schedule": "cosine",
-                "warmup_steps": min(50, config.steps // 10),
-                "total_steps": config.steps,
-                "weight_decay": config.weight_decay,
-                "seed": seed,
-            }
-        ),
+        config=bootstrap_training(config, training, num_steps=config.steps, seed=seed),
     )
     await group.start()
     try:
-        gold = await _train(group, config, start_dir=start_dir, domain=domain, seed=seed, progress=progress)
+        gold = await train_on(
+            group,
+            demonstration_mix(domain, config, seed=seed),
+            num_steps=config.steps,
+            batch_size=config.batch_size,
+            start_dir=start_dir,
+            seed=seed,
+            progress=progress,
+        )
         building = cache_dir / f".{target.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         await group.export(building)
@@ -150,16 +110,35 @@ async def bootstrap(
     return BootstrapResult(model_dir=target, seconds=seconds, gold=gold, group=group)
 
 
-async def _train(
+def bootstrap_training(
+    config: BootstrapConfig, training: TrainingConfig, *, num_steps: int, seed: int
+) -> TrainingConfig:
+    """Return how a group trains on demonstrations: the bootstrap's optimizer and a cosine schedule over all steps."""
+    return training.model_copy(
+        update={
+            "batch_size": config.batch_size,
+            "optimizer": config.optimizer,
+            "learning_rate": config.learning_rate,
+            "schedule": "cosine",
+            "warmup_steps": min(50, num_steps // 10),
+            "total_steps": num_steps,
+            "weight_decay": config.weight_decay,
+            "seed": seed,
+        }
+    )
+
+
+async def train_on(
     group: TrainingGroup,
-    config: BootstrapConfig,
+    demonstrations: Iterator[list[Demonstration]],
     *,
+    num_steps: int,
+    batch_size: int,
     start_dir: Path,
-    domain: Domain,
     seed: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Train on the demonstrations and return how many of each role there were."""
+    """Train on chunks of demonstrations, one epoch, and return how many of each role there were."""
     tokenizer = load_tokenizer(start_dir)
     end_id = tokenizer.convert_tokens_to_ids(END)
     counts = {role.value: 0 for role in Role}
@@ -168,9 +147,9 @@ async def _train(
     def tick(report: StepReport) -> None:
         nonlocal num_done
         num_done += 1
-        progress.stage("bootstrap", done=num_done, total=config.steps)
+        progress.stage("bootstrap", done=num_done, total=num_steps)
 
-    chunks = enumerate(demonstration_mix(domain, config, seed=seed))
+    chunks = enumerate(demonstrations)
 
     def next_table() -> pa.Table | None:
         chunk, rows = next(chunks, (0, None))
@@ -193,9 +172,9 @@ async def _train(
         # The next piece is written while this one is trained on.
         following = asyncio.create_task(asyncio.to_thread(next_table))
         plan = TrainingPlan.of(
-            [str(row) for row in table.column("row_id").to_pylist()], batch_size=config.batch_size, epochs=1, seed=seed
+            [str(row) for row in table.column("row_id").to_pylist()], batch_size=batch_size, epochs=1, seed=seed
         )
         report = await group.update(table, loss="pretraining", loss_config=PretrainingConfig(), plan=plan, on_step=tick)
-        logger.info("bootstrap: %d of %d steps, %s", num_done, config.steps, report.means)
+        logger.info("bootstrap: %d of %d steps, %s", num_done, num_steps, report.means)
         table = await following
     return counts

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from actors.archive import Archive
 from actors.attacker import Attacker
 from actors.critic import Critic
@@ -47,7 +45,15 @@ from cluster.pool import Pool
 from cluster.store import FileDigest, RunStore, digest_directory
 from cluster.weight_sync import ParityProbe, SyncReport, sync_weights
 from trainers import evaluation
-from trainers.evaluation import EvaluationConfig, agreement_of, attack_outcomes, cell_counts, live_sample
+from trainers.evaluation import (
+    EvaluationConfig,
+    LiveSample,
+    agreement_of,
+    attack_outcomes,
+    cell_counts,
+    live_sample,
+)
+from trainers.loop_config import LoopConfig
 from trainers.loop_state import STAGES, LoopState, Rollouts, StageClock
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.progress import Progress, StopSignal
@@ -55,21 +61,6 @@ from trainers.summary import IterationMetrics, append_metrics, rewind_metrics
 from trainers.training_group import TrainingGroup, TrainingPlan, UpdateReport
 
 logger = logging.getLogger(__name__)
-
-
-class LoopConfig(Config):
-    """How long the loop runs, and on what terms."""
-
-    iterations: int = Field(default=8, ge=1)
-    """Iterations of the loop."""
-    queries_per_iteration: int = Field(default=192, ge=1)
-    """Admitted queries per iteration."""
-    epochs: int = Field(default=3, ge=1)
-    """Passes over an iteration's pairs."""
-    sync_deadline_s: float = Field(default=120.0, gt=0.0)
-    """Longest time that a replica may take to load new weights and answer the parity probe."""
-    parity_bound: float = Field(default=1e-4, gt=0.0)
-    """Greatest allowed difference in log-probs (nats) between a replica and the learner; 1e-4 holds in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +251,7 @@ class Driver:
             verdicts,
             config=self._config.preferences,
             run=self._run,
-            flaw_ends=self._flaw_ends(rollouts),
+            tokens_spanning=self._config.tokens_spanning,
         )
         logged = self._store.logged(iteration)
         if "pairs" in logged:
@@ -324,6 +315,7 @@ class Driver:
                 seed=self._seed * 1_000 + iteration,
                 checker=self._gold.checker_for(Purpose.EVALUATION),
             )
+            await self._keep_agreement(iteration, live, rollouts)
             probe = await self._answer(iteration, "probe")
             if iteration == self._config.loop.iterations:
                 for name in ("sealed", "out_of_distribution", "attack_set"):
@@ -358,6 +350,29 @@ class Driver:
             parity_max_abs_diff=sync.max_abs_diff,
             training={} if update is None else dict(update.means),
         )
+
+    async def _keep_agreement(self, iteration: int, live: LiveSample, rollouts: Rollouts) -> None:
+        """Store which live answers truth was asked about, and what it said: for the report, read by no stage."""
+        if self._logged_answers(iteration, "agreement"):
+            return
+        answers = [rollouts.responses[response_id] for response_id in live.response_ids]
+        queries = [rollouts.queries[answer.query_id] for answer in answers]
+        rows = [
+            EvaluationAnswer(
+                answer_id=answer.response_id,
+                set_name="agreement",
+                iteration=iteration,
+                item=i,
+                query=query.messages[-1].content,
+                facets=query.facets,
+                text=answer.text,
+                correct=correct,
+                well_formed=self._domain.well_formed(query.messages[-1].content, answer.text),
+                policy_version=answer.policy_version,
+            )
+            for i, (query, answer, correct) in enumerate(zip(queries, answers, live.truth, strict=True))
+        ]
+        await self._log("evaluations", rows)
 
     async def _commit(self, iteration: int, metrics: IterationMetrics | None) -> None:
         """Write checkpoint and policy, then COMMIT.json: the one point at which the iteration has happened."""
@@ -501,15 +516,6 @@ class Driver:
         for query in rollouts.queries.values():
             archive.remember(query.canonical)
         return rollouts
-
-    def _flaw_ends(self, rollouts: Rollouts) -> dict[str, int]:
-        """Return, by response id, how many tokens reach to the end of the first flaw that a critique quotes."""
-        critiques = sorted(rollouts.critiques.values(), key=lambda critique: critique.critique_id, reverse=True)
-        flawed = {c.response_ids[0]: c.issues[0].end for c in critiques if c.parse_ok and c.issues}
-        return {
-            response_id: self._config.tokens_spanning(rollouts.responses[response_id].token_ids, end)
-            for response_id, end in flawed.items()
-        }
 
     def _check_stop(self) -> None:
         if self._stop.requested:

@@ -97,6 +97,7 @@ async def evaluate(
 class LiveSample:
     """The critic's verdicts on a uniform sample of live answers, beside truth; used for nothing but the report."""
 
+    response_ids: tuple[str, ...]
     truth: tuple[bool, ...]
     passed: tuple[bool, ...]
     scores: tuple[float, ...]
@@ -118,6 +119,7 @@ def live_sample(
     sample = random.Random(f"agreement/{seed}").sample(ordered, min(size, len(ordered)))
     judged = [verdict for verdict in sample if verdict.label is not None]
     return LiveSample(
+        response_ids=tuple(v.response_id for v in judged),
         truth=tuple(checker.correct(queries[v.query_id], responses[v.response_id].text) for v in judged),
         passed=tuple(v.label == PASS for v in judged),
         scores=tuple(v.score if v.score is not None else 0.0 for v in judged),

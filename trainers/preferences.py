@@ -10,7 +10,7 @@ al. 2024, arXiv 2406.18629), which cuts both sides at the first wrong step; here
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -46,14 +46,13 @@ def build_pairs(
     *,
     config: PreferenceConfig,
     run: str,
-    flaw_ends: Mapping[str, int] | None = None,
+    tokens_spanning: Callable[[Sequence[int], int], int],
 ) -> Pairs:
     """Return best-versus-worst pairs, in an order that depends on the ids alone.
 
     Args:
-        flaw_ends: by response id, how many of its tokens reach to the end of its first quoted flaw.
+        tokens_spanning: how many of the token ids it takes to spell so many characters.
     """
-    cuts = flaw_ends if config.cut_at_flaw and flaw_ends is not None else {}
     by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
     dropped: Counter[str] = Counter()
     for verdict in verdicts:
@@ -77,7 +76,9 @@ def build_pairs(
             elif responses[chosen.response_id].text == responses[rejected.response_id].text:
                 dropped["same_text"] += 1
             else:
-                cut = cuts.get(rejected.response_id)
+                cut = None
+                if config.cut_at_flaw and rejected.flaw_end is not None:
+                    cut = tokens_spanning(responses[rejected.response_id].token_ids, rejected.flaw_end)
                 pairs.append(_pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut))
     return Pairs(pairs=tuple(pairs), dropped=dict(dropped))
 
@@ -127,7 +128,7 @@ def _pair(
         margin=gap,
         weight=1.0,
         noise=0.0,
-        source="expert" if "expert" in (chosen.source, rejected.source) else "critic",
+        source="expert" if "expert" in (chosen.source, rejected.source) else chosen.source,
         chosen_id=good.response_id,
         rejected_id=bad.response_id,
         iteration=query.iteration,

@@ -5,16 +5,16 @@ Every default is one that `make demo` runs. The parts own their sections; none o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from actors.attacker import AttackerConfig
-from actors.chat import check_model_directory
 from actors.critic import CriticConfig
-from actors.engine import EngineConfig
+from actors.engine_config import EngineConfig
 from actors.experts import SimulatedExpertConfig
 from actors.oversight import OversightConfig
 from actors.rollout import RolloutConfig
@@ -24,16 +24,16 @@ from cluster.config import (
     Settings,
     flag_settings,
     layered,
+    located,
     plugin_config,
     plugin_settings,
     read_settings,
     validated,
 )
-from cluster.ray_runtime import RayConfig
-from trainers.base_model import BaseModelConfig
-from trainers.bootstrap import BootstrapConfig
-from trainers.driver import LoopConfig
+from cluster.ray_config import RayConfig
+from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
+from trainers.loop_config import LoopConfig
 from trainers.preferences import PreferenceConfig
 from trainers.training_config import TrainingConfig
 
@@ -99,7 +99,7 @@ class LearnerSection(Config):
 
     model: str = BOOTSTRAP
     """A Hugging Face directory or "bootstrap"."""
-    training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=1e-4, cpus_per_rank=0.5)
+    training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=3e-5, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
 
 
@@ -152,16 +152,23 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
-        problems = [*_contexts(self), *_models(self), *_divisions(self)]
+        problems = [*_contexts(self), *_models(self), *_divisions(self), *_exclusions(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
 def load_run_config(
-    paths: Sequence[Path], *, flags: Sequence[tuple[str, str]] = (), base: RunConfig | None = None
+    paths: Sequence[Path],
+    *,
+    flags: Sequence[tuple[str, str]] = (),
+    base: RunConfig | None = None,
+    check: Callable[[RunConfig], Iterable[str]] = lambda _: (),
 ) -> RunConfig:
     """Return the config that files and then flags, `("critic.replicas", "6")`, make of a base or of the defaults.
+
+    Args:
+        check: yields what else is wrong with a config that is sound in itself, each line beginning with its key.
 
     Raises:
         ConfigError: with every problem there is, one line each.
@@ -177,49 +184,43 @@ def load_run_config(
         raise ConfigError(problems)
     # The base lies below as values: a section's default holds for the keys that a file leaves out of that section.
     below = Settings(values=(base or RunConfig()).model_dump(mode="json"))
-    return validated(RunConfig, layered([below, *read, *(flag_settings(key, text) for key, text in flags)]))
+    settings = layered([below, *read, *(flag_settings(key, text) for key, text in flags)])
+    config = validated(RunConfig, settings)
+    problems = located(check(config), settings=settings)
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def read_resolved(path: Path) -> RunConfig:
     """Return the config that a run was started with, from its resolved.json.
 
     Raises:
-        ConfigError: the file is missing or is no resolved config of this version.
+        ConfigError: the file is missing or is no resolved config of this version; with every problem there is.
     """
     try:
-        return RunConfig.model_validate_json(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file, wanted the resolved config of a run"]) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError([f"{path}: {place}: {first['msg']}; wanted a config of this version of elenchus"]) from None
-
-
-def check_machine(config: RunConfig) -> None:
-    """Check what only the machine can say, before Ray starts: model directories and the place of the run.
-
-    Raises:
-        ConfigError: with every problem there is.
-    """
-    models = {
-        "attacker.engine.model": config.attacker.engine.model,
-        "critic.engine.model": config.critic.engine.model,
-        "learner.model": config.learner.model,
-    }
-    problems = []
-    for key, model in models.items():
-        if model != BOOTSTRAP:
-            try:
-                check_model_directory(model)
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: got no JSON object, wanted the file as it was written: restore it from a copy"])
+    settings = Settings(values=values, origins={(str(key),): str(path) for key in values})
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problems.append(f"runs_dir: {config.run_dir} can't be made ({error.strerror}), wanted a writable directory")
-    if problems:
-        raise ConfigError(problems)
+        return validated(RunConfig, settings)
+    except ConfigError as error:
+        remedy = f"{path}: wanted a config of this version of elenchus: go on with the one that wrote it{_writer(path)}"
+        raise ConfigError([*error.problems, remedy]) from None
+
+
+def _writer(path: Path) -> str:
+    """Return which version wrote a run, from its environment.json, as an ending of a sentence."""
+    try:
+        found = json.loads((path.parent / "environment.json").read_bytes())
+        return f" (commit {found['commit'][:12]})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _contexts(config: RunConfig) -> Iterator[str]:
@@ -281,4 +282,16 @@ def _divisions(config: RunConfig) -> Iterator[str]:
             yield (
                 f"{key}: got {number}, wanted a multiple of {by} = {divisor}: {number} = {divisor} × {times} + {rest}; "
                 f"{nearest} would do"
+            )
+
+
+def _exclusions(config: RunConfig) -> Iterator[str]:
+    """Yield settings of a local Ray beside the address of a cluster, which has its own."""
+    if config.ray.address in (None, "local"):
+        return
+    for key, value in (("num_cpus", config.ray.num_cpus), ("dashboard", config.ray.dashboard or None)):
+        if value is not None:
+            yield (
+                f'ray.{key}: got {str(value).lower()} beside ray.address = "{config.ray.address}", wanted one of the '
+                "two: it is for a local Ray"
             )

@@ -36,6 +36,7 @@ from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import evaluation_sets
 from trainers.loop_state import STAGES, LoopState
+from trainers.preflight import model_record
 from trainers.progress import Progress, StopSignal
 from trainers.run_config import BOOTSTRAP, RunConfig
 from trainers.summary import (
@@ -82,6 +83,7 @@ def run(config: RunConfig, *, progress: Progress, stop: StopSignal, config_toml:
         config=config.model_dump(mode="json"),
         id_columns={stage: column for stage, (_, column) in STAGES.items()},
         config_toml=config_toml,
+        models=model_record(config),
     )
     return _sit(config, store=store, progress=progress, stop=stop)
 
@@ -243,7 +245,7 @@ async def _start_roles(
         critic=Critic(
             pools["critic"], rubric=StepMarks(domain), config=config.critic.judging, run=config.name, seed=config.seed
         ),
-        oversight=make_oversight(config.oversight),
+        oversight=make_oversight(config.oversight, domain=domain),
         experts=ExpertDesk(queue, expert),
         learner_group=group,
         pools=pools,

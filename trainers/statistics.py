@@ -1,6 +1,7 @@
 """Owns the statistics behind every reported figure: paired gains, shares, agreement with truth, calibration.
 
 Takes plain sequences, returns frozen dataclasses; knows nothing of runs, models or files. Intervals are two-sided.
+SciPy takes seconds to import and is so where it is needed: every command reads this file.
 """
 
 from __future__ import annotations
@@ -8,9 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, rankdata
 
 CONFIDENCE = 0.95
 
@@ -94,6 +92,8 @@ def wilson(num_successes: int, n: int, *, confidence: float = CONFIDENCE) -> Sha
     """
     if not 0 <= num_successes <= n or n == 0:
         raise ValueError(f"wilson: got {num_successes} of {n}, wanted 0 <= successes <= n and n > 0; count the items")
+    from scipy.stats import binomtest
+
     interval = binomtest(num_successes, n).proportion_ci(confidence_level=confidence, method="wilson")
     return Share(value=num_successes / n, ci_low=float(interval.low), ci_high=float(interval.high), n=n)
 
@@ -145,6 +145,8 @@ def tango_interval(
 
 def _tango_upper(b: int, c: int, n: int, *, confidence: float) -> float:
     """Return the upper end; the lower one is the negated upper end of the swapped counts."""
+    from scipy.stats import norm
+
     z = float(norm.ppf(0.5 + confidence / 2))
     # At both corners the variance is 0 at the observed difference, and a root search would stop there.
     if b == c == 0:
@@ -170,6 +172,8 @@ def _root(function: Callable[[float], float], *, low: float, high: float) -> flo
     """Return where a function that falls from positive to at most 0 crosses 0."""
     if low >= high or function(high) >= 0.0:
         return high
+    from scipy.optimize import brentq
+
     return float(brentq(function, low, high, xtol=1e-12))
 
 
@@ -219,6 +223,8 @@ def auroc(truth: Sequence[bool], scores: Sequence[float]) -> float | None:
     num_good, num_bad = sum(map(bool, truth)), sum(1 for good in truth if not good)
     if not num_good or not num_bad:
         return None
+    from scipy.stats import rankdata
+
     ranks = rankdata(scores)  # tied scores share their mean rank
     rank_sum = sum(float(rank) for rank, good in zip(ranks, truth, strict=True) if good)
     return (rank_sum - num_good * (num_good + 1) / 2) / (num_good * num_bad)

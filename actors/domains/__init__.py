@@ -37,6 +37,8 @@ class Demonstration:
     """One example of a role's behaviour, for the bootstrap; the loss falls on `response` alone."""
 
     role: Role
+    problem: str
+    """The query that it is about."""
     messages: tuple[Message, ...]
     response: str
 
@@ -92,6 +94,10 @@ class Domain(Protocol):
         """Return whether a response has the form of an answer (not whether it is right)."""
         ...
 
+    def final_answer(self, query: str, response: str) -> str | None:
+        """Return the result that a response states (not whether it is right); None when it states none."""
+        ...
+
     def demonstrations(self, role: Role, *, rng: random.Random, num: int, easy: bool = False) -> list[Demonstration]:
         """Return examples of a role's behaviour, from train problems only; `easy` ones are short (a curriculum)."""
         ...
@@ -102,6 +108,10 @@ class Checker(Protocol):
 
     def correct(self, query: str, response: str) -> bool:
         """Return whether a response is right."""
+        ...
+
+    def solution(self, query: str) -> str:
+        """Return a right response."""
         ...
 
     def difficulty(self, query: str) -> float:
@@ -121,6 +131,11 @@ class LedgeredChecker:
         """Return whether a response is right, and count the use."""
         self._counts[self._purpose] += 1
         return self._checker.correct(query_text(query), response)
+
+    def solution(self, query: str | Query) -> str:
+        """Return a right response, and count the use."""
+        self._counts[self._purpose] += 1
+        return self._checker.solution(query_text(query))
 
     def difficulty(self, query: str | Query) -> float:
         """Return how hard a query is."""

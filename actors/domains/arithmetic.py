@@ -47,6 +47,30 @@ FLAWS = (
 digit; half of the time as if no column could overflow (4-5-0=01)."""
 FLAW_RATES = (0.15, 0.3, 0.5)
 """Chance of a flaw in each column; one of these is drawn for each flawed answer."""
+INSTRUCTIONS = {
+    Role.ATTACKER: (
+        "You set arithmetic problems. You are given an operation, a number of digits and a number of carries, written "
+        "without spaces: +32 asks for an addition of two 3-digit numbers in which exactly two columns carry, -21 for a "
+        "subtraction of two 2-digit numbers, not below zero, with exactly one borrow. Vary the numbers. Reply with the "
+        "problem alone, without a space.\n\nExample: +32\n{query}"
+    ),
+    Role.LEARNER: (
+        "Work out the problem column by column, from the last digits to the first. Write each column as "
+        "a+b+c=kd (or a-b-c=kd): the two digits, the carry or borrow taken in, the carry or borrow given out, the "
+        "digit that results. Then write the result with one digit more than the numbers have, zeros in front. Reply "
+        "with nothing else.\n\nExample: {query}\n{answer}"
+    ),
+    Role.CRITIC: (
+        "You check arithmetic. The first line is a problem, the second an answer worked out column by column: digits, "
+        "carry or borrow in, = carry or borrow out, digit. Go through its columns, then through each digit of its "
+        "result. For each, quote it, write ?, work it out afresh from the problem, and write y if the two are equal, "
+        "else n. At the end write P if all are y, else F. No spaces, nothing else.\n\nExample:\n{query}\n{flawed}"
+        "\n{critique}"
+    ),
+}
+"""What a model that was not bootstrapped here is told of a role; the examples' problem is one of the train split."""
+EXAMPLE = (347, "+", 586)
+EXAMPLE_FLAWED = "7+6+0=13 4+8+0=12 3+5+1=09 0923"
 RESULT_ALONE_RATE = 0.35
 """Share of the flawed answers whose columns are right and whose result does not follow from them."""
 RESULT_RIGHT_RATE = 0.25
@@ -60,14 +84,16 @@ class Config(BaseConfig):
     """Numbers of digits in scope; both operands have the same."""
     out_of_distribution_digits: tuple[int, ...] = (4,)
     """Numbers of digits that no role sees before evaluation."""
-    hard_share: float = Field(default=0.0047, ge=0.0, le=1.0)
-    """Share of the learner's demonstrations that carry or borrow; the others do neither, which is its weakness."""
-    borrow_weight: float = Field(default=5.0, gt=0.0)
-    """How much likelier one of those is from a cell that borrows than from one that carries; borrowing takes longer."""
+    hard_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the learner's demonstrations that carry or borrow; the others do neither."""
+    forget_rate: float = Field(default=0.7, ge=0.0, le=1.0)
+    """Chance with which the learner's teacher forgets a carry or borrow that a column takes in: its weakness."""
     critic_borrow_weight: float = Field(default=2.5, gt=0.0)
-    """The same for the critic's demonstrations, which come from all cells."""
+    """How much likelier a demonstration of the critic's is from a cell that borrows than from one that doesn't."""
     flawed_share: float = Field(default=0.6, ge=0.0, le=1.0)
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
+    instructions: bool = False
+    """Explain each role's task and form in its prompt, with an example: for models that the bootstrap did not make."""
 
 
 def canonical_form(left: int, op: str, right: int) -> str:
@@ -107,6 +133,16 @@ def write_answer(left: int, op: str, right: int) -> str:
     '2-9-0=13 5-1-1=03 033'
     """
     return _write(left, op, right, flaws={}, rng=random.Random(0))
+
+
+def write_forgetful_answer(left: int, op: str, right: int, *, rate: float, rng: random.Random) -> str:
+    """Return an answer in which each carry or borrow that a column should take in was forgotten with chance `rate`.
+
+    >>> write_forgetful_answer(47, "+", 86, rate=1.0, rng=random.Random(0))
+    '7+6+0=13 4+8+0=12 123'
+    """
+    forgotten = {column: "forgotten" for column in range(len(str(left))) if rng.random() < rate}
+    return _write(left, op, right, flaws=forgotten, rng=rng)
 
 
 def write_flawed_answer(left: int, op: str, right: int, *, rng: random.Random) -> str:
@@ -204,11 +240,12 @@ class Arithmetic:
 
     def attack_messages(self, cell: tuple[str, ...]) -> tuple[Message, ...]:
         """Return the prompt that asks the attacker for a query of a cell."""
-        return (Message(role="system", content=Role.ATTACKER), Message(role="user", content="".join(cell)))
+        return (self._system(Role.ATTACKER), Message(role="user", content="".join(cell)))
 
     def learner_messages(self, text: str) -> tuple[Message, ...]:
         """Return the prompt that puts a query to the learner."""
-        return (Message(role="user", content=text),)
+        asked = Message(role="user", content=text)
+        return (self._system(Role.LEARNER), asked) if self._config.instructions else (asked,)
 
     def well_formed(self, query: str, response: str) -> bool:
         """Return whether a response is one column per digit, then a number of one digit more."""
@@ -217,6 +254,10 @@ class Arithmetic:
             return False
         digits = int(problem.facets[1])
         return answer[1].count(" ") == digits and len(answer[2]) == digits + 1
+
+    def final_answer(self, query: str, response: str) -> str | None:
+        """Return the last number of a well-formed response."""
+        return response.rsplit(" ", 1)[-1] if self.well_formed(query, response) else None
 
     def demonstrations(self, role: Role, *, rng: random.Random, num: int, easy: bool = False) -> list[Demonstration]:
         """Return examples of a role's behaviour, from train problems in scope; easy ones have the fewest digits."""
@@ -231,7 +272,19 @@ class Arithmetic:
 
     def critic_messages(self, query: str, response: str) -> tuple[Message, ...]:
         """Return the prompt that puts a query and a response to the critic."""
-        return (Message(role="system", content=Role.CRITIC), Message(role="user", content=f"{query}\n{response}"))
+        return (self._system(Role.CRITIC), Message(role="user", content=f"{query}\n{response}"))
+
+    def _system(self, role: Role) -> Message:
+        """Return what opens a role's prompt: its control token, or instructions in words."""
+        if not self._config.instructions:
+            return Message(role="system", content=role)
+        text = INSTRUCTIONS[role].format(
+            query="".join(map(str, EXAMPLE)),
+            answer=write_answer(*EXAMPLE),
+            flawed=EXAMPLE_FLAWED,
+            critique=write_critique(*EXAMPLE, EXAMPLE_FLAWED),
+        )
+        return Message(role="system", content=text)
 
     def _train_problem(self, cell: tuple[str, ...], rng: random.Random) -> tuple[int, str, int]:
         while True:
@@ -243,21 +296,19 @@ class Arithmetic:
     def _attacker_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
         cell = rng.choice(cells)
         left, op, right = self._train_problem(cell, rng)
-        return Demonstration(role=Role.ATTACKER, messages=self.attack_messages(cell), response=f"{left}{op}{right}")
+        query = f"{left}{op}{right}"
+        return Demonstration(role=Role.ATTACKER, problem=query, messages=self.attack_messages(cell), response=query)
 
     def _learner_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
         easy = [cell for cell in cells if cell[2] == "0"]
         hard = [cell for cell in cells if cell[2] != "0"]
-        if hard and rng.random() < self._config.hard_share:
-            weights = [self._config.borrow_weight if cell[0] == "-" else 1.0 for cell in hard]
-            (cell,) = rng.choices(hard, weights=weights)
-        else:
-            cell = rng.choice(easy)
+        cell = rng.choice(hard if hard and rng.random() < self._config.hard_share else easy)
         left, op, right = self._train_problem(cell, rng)
         return Demonstration(
             role=Role.LEARNER,
+            problem=f"{left}{op}{right}",
             messages=self.learner_messages(f"{left}{op}{right}"),
-            response=write_answer(left, op, right),
+            response=write_forgetful_answer(left, op, right, rate=self._config.forget_rate, rng=rng),
         )
 
     def _critic_demonstration(self, cells: Sequence[tuple[str, ...]], rng: random.Random) -> Demonstration:
@@ -267,6 +318,7 @@ class Arithmetic:
         answer = write_flawed_answer(left, op, right, rng=rng) if flawed else write_answer(left, op, right)
         return Demonstration(
             role=Role.CRITIC,
+            problem=f"{left}{op}{right}",
             messages=self.critic_messages(f"{left}{op}{right}", answer),
             response=write_critique(left, op, right, answer),
         )
@@ -283,6 +335,12 @@ class ArithmeticChecker:
         wanted = left + right if match[2] == "+" else left - right
         result = response.rsplit(" ", 1)[-1]
         return result.isascii() and result.isdigit() and int(result) == wanted
+
+    def solution(self, query: str) -> str:
+        """Return the written-out answer of a query."""
+        match = QUERY.fullmatch(query)
+        assert match is not None, f"the checker was asked about {query!r}, which is no arithmetic query"
+        return write_answer(int(match[1]), match[2], int(match[3]))
 
     def difficulty(self, query: str) -> float:
         """Return the number of columns plus the number of carries."""
@@ -337,6 +395,8 @@ def _write(left: int, op: str, right: int, *, flaws: Mapping[int, str], rng: ran
         flaw = flaws.get(column)
         if flaw == "carry_in":
             carry = 1 - carry
+        elif flaw == "forgotten":
+            carry = 0
         elif flaw == "left_digit":
             x = _other_digit(x, rng)
         elif flaw == "right_digit":

@@ -4,18 +4,20 @@ Shapes: B rows of this micro-batch, T positions. Log-probs in nats. A loss and e
 **share of the global mean**: sums over its rows divided by denominators of the whole optimizer step, which the batch
 carries. Shares of all micro-batches and ranks therefore add up to the same loss and gradient, however the step was cut
 (METHODS G1). Without denominators the batch is taken as the whole step.
+
+A loss imports torch inside its function: each `Config` is imported to read any config, and torch would take seconds.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from cluster.config import Config, load_plugin, plugin_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LossOutput(NamedTuple):
@@ -93,6 +95,8 @@ class TokenBatch:
 
     def weighted_sum(self) -> Tensor:
         """Return sum(w * m * logprobs); what lies outside the mask has no part in it, were it NaN."""
+        import torch
+
         return (self.token_weights() * torch.where(self.mask, self.logprobs, 0.0)).sum()
 
     def num_tokens(self) -> float:

@@ -9,7 +9,6 @@ it the likelihood of the chosen may fall while the margin grows.
 from __future__ import annotations
 
 from pydantic import Field
-from torch.nn.functional import softplus
 
 from cluster import config as settings
 from trainers.losses import LossOutput, PairBatch
@@ -32,6 +31,8 @@ def loss(batch: PairBatch, config: Config) -> LossOutput:
 
     Policy -10 and -12, reference -11 and -11.5, beta 0.1: delta = 1.5, loss = softplus(-0.15) = 0.620957.
     """
+    from torch.nn.functional import softplus
+
     chosen = batch.policy_chosen - batch.reference_chosen.detach()
     rejected = batch.policy_rejected - batch.reference_rejected.detach()
     rewards = config.beta * (chosen - rejected)

@@ -1,0 +1,229 @@
+"""Owns what is checked against this machine before anything starts: models, cores, disk, ports, the run's directory.
+
+Each problem is one line that begins with the key, or the thing, that it is about. Starts nothing and leaves nothing
+behind; a config's own checks are done when it is read (`trainers.run_config`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.model_directory import check_model_directory, check_weights, context_length, fingerprint
+from cluster.config import ConfigError
+from cluster.ray_config import address_to_join
+from trainers.run_config import BOOTSTRAP, RunConfig
+
+MAX_NAMED = 4
+"""Differing keys that one message names."""
+CERTAIN = ("placement:", "disk:")
+"""What of a plan's problems ends a run; its memory is an estimate, and that is for `elenchus plan` to tell."""
+
+
+def machine_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what stands against beginning a run of the config on this machine."""
+    yield from _place_problems(config)
+    yield from _port_problems(config)
+    yield from _cluster_problems(config)
+    wrong_models = list(_model_problems(config))
+    yield from wrong_models
+    if not wrong_models:
+        yield from _plan_problems(config)
+
+
+def check_resumable(config: RunConfig, *, run_dir: Path) -> None:
+    """Check that a run can go on: it is whole, nobody else is at it, and its models are those that it began with.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
+    _raise_all(_resume_problems(config, run_dir=run_dir))
+
+
+def _resume_problems(config: RunConfig, *, run_dir: Path) -> Iterator[str]:
+    from cluster import store
+
+    if config.run_dir.absolute() != run_dir.absolute():
+        yield f'{run_dir}: got the directory of the run "{config.name}", wanted it under that name: rename it back'
+        return
+    yield from _told(partial(store.check_resumable, run_dir))
+    yield from _port_problems(config)
+    yield from _cluster_problems(config)
+    wrong_models = list(_model_problems(config))
+    yield from wrong_models
+    if not wrong_models:
+        yield from _changed_models(config)
+        yield from (line for line in _plan_problems(config) if line.startswith("placement:"))
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def model_record(config: RunConfig) -> dict[str, Any]:
+    """Return what the models that a run begins with are recognised by: flat keys, JSON values."""
+    record: dict[str, Any] = {}
+    for key, model in _models(config).items():
+        record[key] = model
+        if model != BOOTSTRAP:
+            record |= {f"{model}/{name}": value for name, value in fingerprint(model).items()}
+    if BOOTSTRAP in _models(config).values():
+        sections = {"base_model": config.base_model, "bootstrap": config.bootstrap, "domain": config.domain}
+        for section, values in sections.items():
+            record |= {f"{section}.{key}": value for key, value in values.model_dump(mode="json").items()}
+        record["seed"] = config.seed
+    return record
+
+
+def _changed_models(config: RunConfig) -> Iterator[str]:
+    path = config.run_dir / "models.json"
+    if not path.is_file():
+        return  # begun by a version that kept no record
+    before: Mapping[str, Any] = json.loads(path.read_bytes())
+    now = model_record(config)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        shown = ", ".join(
+            f"{key} ({_brief(before.get(key))} is now {_brief(now.get(key))})" for key in changed[:MAX_NAMED]
+        )
+        more = f" and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
+        yield (
+            f"{config.run_dir}: got another model than the run began with, {shown}{more}, wanted the same: "
+            "put it back, or begin a new run by `elenchus run`"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if value is not None else "nothing"
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _models(config: RunConfig) -> dict[str, str]:
+    return {
+        "learner.model": config.learner.model,
+        "attacker.engine.model": config.attacker.engine.model,
+        "critic.engine.model": config.critic.engine.model,
+    }
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    keys: dict[str, list[str]] = {}
+    for key, model in _models(config).items():
+        keys.setdefault(model, []).append(key)
+    keys.pop(BOOTSTRAP, None)
+    for model, named in keys.items():
+        # One directory for several roles is told of once, under the first key that names it.
+        found = list(_told(partial(check_model_directory, model))) or list(_told(partial(check_weights, model)))
+        yield from (f"{named[0]}: {line}" for line in found)
+        if not found:
+            yield from _context_problems(config, model)
+
+
+def _context_problems(config: RunConfig, model: str) -> Iterator[str]:
+    """Yield where a role is told to go beyond the context that a model directory's own config has."""
+    context = context_length(model)
+    if context is None:
+        return
+    roles = (
+        ("attacker", config.attacker.engine, "attacker.sampling", config.attacker.sampling.max_tokens),
+        ("rollouts", config.rollouts.engine, "rollouts.sampling", config.rollouts.sampling.max_tokens),
+        ("critic", config.critic.engine, "critic.judging", config.critic.judging.max_tokens),
+    )
+    for role, engine, section, max_tokens in roles:
+        if engine.model != model:
+            continue
+        if engine.max_model_len is not None and engine.max_model_len > context:
+            yield f"{role}.engine.max_model_len: got {engine.max_model_len}, wanted at most the model's {context}"
+        elif engine.max_model_len is None and max_tokens >= context:
+            yield (
+                f"{section}.max_tokens: got {max_tokens}, wanted less than the model's context, {context}, "
+                "which prompt and answer share"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- machine
+
+
+def _place_problems(config: RunConfig) -> Iterator[str]:
+    from cluster.store import refuse_other_contents
+
+    wrong = list(_told(partial(refuse_other_contents, config.run_dir)))
+    yield from (f"runs_dir: {line}" for line in wrong)
+    refusal = None if wrong else _refusal_to_write(config.run_dir)
+    if refusal is not None:
+        yield (
+            f"runs_dir: got {config.run_dir}, which can't be written to ({refusal}), wanted a directory of yours: "
+            "set runs_dir to another one"
+        )
+
+
+def _refusal_to_write(directory: Path) -> str | None:
+    """Return what the system says to a file in a directory that may have to be made; leaves nothing behind."""
+    made: list[Path] = []
+    probe = directory / f".probe-{os.getpid()}.tmp"
+    try:
+        for folder in reversed([directory, *directory.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+    return None
+
+
+def _port_problems(config: RunConfig) -> Iterator[str]:
+    if not config.ray.dashboard or address_to_join(config.ray) is not None:
+        return
+    with socket.socket() as listener:
+        # As the dashboard does: a port whose last connections are only just closed is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", config.ray.dashboard_port))
+        except OSError as error:
+            yield (
+                f"ray.dashboard_port: got {config.ray.dashboard_port}, which is not free ({error.strerror}), wanted a "
+                "free port: choose another, or set ray.dashboard = false"
+            )
+
+
+def _cluster_problems(config: RunConfig) -> Iterator[str]:
+    if address_to_join(config.ray) is not None:
+        from cluster.ray_runtime import check_cluster
+
+        yield from _told(partial(check_cluster, config.ray))
+
+
+def _plan_problems(config: RunConfig) -> Iterator[str]:
+    from cluster.machine import this_machine
+    from trainers.plan import plan_run
+
+    local = address_to_join(config.ray) is None
+    try:
+        plan = plan_run(config, machine=this_machine() if local else None)
+    except ValueError as error:
+        yield from str(error).splitlines()
+        return
+    yield from (line for line in plan.problems if line.startswith(CERTAIN))
+
+
+def _told(check: Callable[[], None]) -> Iterator[str]:
+    """Yield the lines of the ValueError that a check raises."""
+    try:
+        check()
+    except ValueError as error:
+        yield from str(error).splitlines()
+
+
+def _raise_all(problems: Iterator[str]) -> None:
+    found = list(problems)
+    if found:
+        raise ConfigError(found)
