@@ -5,6 +5,10 @@
     elenchus resume NAME               go on after anything
     elenchus chat NAME                 talk to the current learner
     elenchus report NAME               write report.html anew
+    elenchus plan CONFIG.toml …        what a run would take and write, and whether it fits; starts nothing
+    elenchus doctor                    what is wrong with this machine, and the command that mends it
+    elenchus sql NAME "select …"       query what a run has recorded
+    elenchus completion bash           completion for your shell
 
 Exit codes: 0 done, 2 the user's input, 1 ours. Imports what a command needs only when it runs, so that help is quick.
 """
@@ -26,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeAlias
 
 import tyro
 
@@ -99,15 +103,81 @@ class Report:
     """Where runs are."""
 
 
-COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report]] = {
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show what a run of a config would take and write, and whether it fits here. Starts nothing.
+
+    Exit code 2 when something does not fit.
+    """
+
+    configs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """TOML files; none plans the defaults."""
+    name: str | None = None
+    """The run's name, instead of the config's."""
+    seed: int | None = None
+    """Fixes every draw of the run, instead of the config's."""
+    out: Path | None = None
+    """Write the resolved config, with every key, to this JSON file."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the plan and the resolved config as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check this machine: versions, memory, compiler, shared memory, disk, limits, network, environment.
+
+    Exit code 1 when a check fails; its line ends with the command that mends it.
+    """
+
+    runs_dir: Path = Path("runs")
+    """Where runs will be; checked for durable writes."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the checks as JSON."""
+
+
+@dataclass(frozen=True)
+class Sql:
+    """Query a run's committed journal, metrics and expert labels by SQL (DuckDB's). Reads only."""
+
+    name: tyro.conf.Positional[str]
+    """The run's name."""
+    query: tyro.conf.Positional[str | None] = None
+    """What to run, in quotes; without it, the tables there are and their columns."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+    format: Literal["table", "csv", "json"] = "table"
+    """How rows are written."""
+    max_rows: int = 40
+    """Rows that a table shows; csv and json write all."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print the script by which your shell completes elenchus.
+
+    bash: add `source <(elenchus completion bash)` to ~/.bashrc. zsh: `elenchus completion zsh > ~/.zfunc/_elenchus`, a
+    folder of your fpath. fish: `elenchus completion fish > ~/.config/fish/completions/elenchus.fish`.
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Your shell."""
+
+
+COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | Sql | Completion]] = {
     "demo": Demo,
     "run": Run,
     "resume": Resume,
     "chat": Chat,
     "report": Report,
+    "plan": Plan,
+    "doctor": Doctor,
+    "sql": Sql,
+    "completion": Completion,
 }
-CONFIGURED = ("demo", "run")
+CONFIGURED = ("demo", "run", "plan")
 """Commands that take config flags."""
+NAMED = ("resume", "chat", "report", "sql")
+"""Commands whose first word is a run's name."""
 
 Command: TypeAlias = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -115,6 +185,10 @@ Command: TypeAlias = (
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Sql, tyro.conf.subcommand("sql")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
 
 
@@ -259,9 +333,17 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _chat(command)
         case Report():
             return _report(command)
+        case Plan():
+            return _plan(command, flags=flags)
+        case Doctor():
+            return _doctor(command)
+        case Sql():
+            return _sql(command)
+        case Completion():
+            return _completion(command)
 
 
-def _run_flags(command: Run) -> Flags:
+def _run_flags(command: Run | Plan) -> Flags:
     flags = []
     if command.name is not None:
         flags.append(("name", json.dumps(command.name)))
@@ -367,9 +449,99 @@ def _report(command: Report) -> int:
     return 0
 
 
+def _plan(command: Plan, *, flags: Flags) -> int:
+    from cluster.machine import this_machine
+    from cluster.ray_config import address_to_join
+    from serve.terminal import plan_as_json, write_plan
+    from trainers.plan import plan_run
+    from trainers.preflight import machine_problems
+    from trainers.run_config import load_run_config
+
+    config = load_run_config(command.configs, flags=[*_run_flags(command), *flags])
+    joins = address_to_join(config.ray) is not None
+    plan = plan_run(config, machine=None if joins else this_machine())
+    problems = list(dict.fromkeys([*plan.problems, *machine_problems(config)]))
+    resolved = config.model_dump(mode="json")
+    if command.json:
+        print(plan_as_json(plan, config=resolved, problems=problems))
+    else:
+        write_plan(sys.stdout, plan)
+    if command.out is not None:
+        _write_text(command.out, json.dumps(resolved, indent=2) + "\n", flag="--out")
+    for line in problems:
+        print(f"✗ {line}", file=sys.stderr)
+    if not problems and not command.json:
+        print("✓ it fits" if plan.machine is not None else "✓ nothing speaks against it here")
+    return 2 if problems else 0
+
+
+def _write_text(path: Path, text: str, *, flag: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{flag}: got {path} ({error.strerror}), wanted a file in a folder that can be written"
+        ) from None
+
+
+def _doctor(command: Doctor) -> int:
+    from dataclasses import asdict
+
+    from cluster.doctor import examine
+    from serve.terminal import write_check
+
+    checks = []
+    for check in examine(root=Path(__file__).resolve().parent, runs_dir=command.runs_dir):
+        checks.append(check)
+        if not command.json:
+            write_check(sys.stdout, check)
+    failures = [check.name for check in checks if check.state == "failure"]
+    if command.json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    elif failures:
+        print(f"\n✗ {len(failures)} of {len(checks)} checks failed: {', '.join(failures)}")
+    else:
+        print(f"\n✓ {len(checks)} checks, none failed. Next: elenchus plan · elenchus demo")
+    return 1 if failures else 0
+
+
+def _sql(command: Sql) -> int:
+    run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+    from serve.journal_sql import JournalQueries
+    from serve.terminal import write_rows
+
+    with JournalQueries(run_dir) as journal:
+        result = journal.listing() if command.query is None else journal.query(command.query)
+        write_rows(sys.stdout, result.columns, result.rows, format=command.format, max_rows=command.max_rows)
+    return 0
+
+
+def _completion(command: Completion) -> int:
+    from cluster.config import describe
+    from serve.completion import completion_script
+    from trainers.run_config import RunConfig
+
+    # tyro prints it and ends the program.
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(Command, prog="elenchus", args=["--tyro-print-completion", command.shell])
+    script = completion_script(
+        printed.getvalue(),
+        shell=command.shell,
+        named=NAMED,
+        configured=CONFIGURED,
+        files=[name for name in CONFIGURED if name != "demo"],
+        shells=("bash", "zsh", "fish"),
+        keys=[doc.key for doc in describe(RunConfig) if "." in doc.key],
+    )
+    print(script, end="")
+    return 0
+
+
 def _chat(command: Chat) -> int:
     run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
     from serve.chat import load_learner
+    from serve.terminal import harmless
 
     learner = load_learner(run_dir, version=command.version)
     print(f"● {command.name} {learner.version}: ask, or end with Ctrl-D", file=sys.stderr)
@@ -379,12 +551,7 @@ def _chat(command: Chat) -> int:
         except (EOFError, KeyboardInterrupt):
             return 0
         if question:
-            print(_harmless(learner.answer(question, max_tokens=command.max_tokens)))
-
-
-def _harmless(text: str) -> str:
-    """Return a model's text with control characters spelt out, which a terminal would obey."""
-    return "".join(mark if mark.isprintable() or mark == "\n" else f"\\x{ord(mark):02x}" for mark in text)
+            print(harmless(learner.answer(question, max_tokens=command.max_tokens)))
 
 
 def _run_dir(name: str, *, runs_dir: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
@@ -88,12 +88,12 @@ def start_ray(config: RayConfig) -> RayRuntime:
     """
     if ray.is_initialized():
         raise RuntimeError("this process is connected to a Ray cluster already; call stop() on it first")
-    address = address_to_join(config)
+    address = reachable_cluster(config)
     return _start_local(config) if address is None else _join(config, address=address)
 
 
-def check_cluster(config: RayConfig) -> None:
-    """Check that the cluster to be joined answers and knows our token.
+def reachable_cluster(config: RayConfig) -> str | None:
+    """Return the address of the cluster to be joined, which answers and knows our token; None to start a local Ray.
 
     Ray itself (2.60) prints a warning every second and gives up after 20 s when the token is wrong, and waits for ever
     where nothing listens.
@@ -103,12 +103,12 @@ def check_cluster(config: RayConfig) -> None:
     """
     address = address_to_join(config)
     if address is None:
-        return
+        return None
     if config.token_path is not None and not config.token_path.is_file():
         raise ValueError(f"ray.token_path: no file {config.token_path}, wanted the one that holds the cluster's token")
-    where = f'{"ray.address" if config.address else "RAY_ADDRESS"}: got "{address}"'
+    where = f'{_address_key(config)}: got "{address}"'
     if address == "auto":
-        return
+        address = _only_cluster_here(config, where=where)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f'{where}, wanted "host:port", "ray://host:port" or "auto"')
@@ -121,6 +121,22 @@ def check_cluster(config: RayConfig) -> None:
         ) from None
     if not address.startswith("ray://") and os.environ.get("RAY_USE_TLS", "0") != "1":
         _check_token(address, token=_token(config), where=where)
+    return address
+
+
+def _only_cluster_here(config: RayConfig, *, where: str) -> str:
+    """Return the address of the Ray of this machine: what `ray start` wrote down, or the only one that runs."""
+    running = sorted(services.find_gcs_addresses())
+    started = services.find_bootstrap_address(None if config.temp_dir is None else str(config.temp_dir))
+    if started in running:
+        return str(started)
+    if len(running) == 1:
+        return str(running[0])
+    there = f"{len(running)} Rays on this machine ({', '.join(running[:3])})" if running else "no Ray on this machine"
+    raise ValueError(
+        f"{where} and {there}, wanted one: "
+        + ("give the address of one" if running else "start it by `ray start --head`, or leave the address out")
+    )
 
 
 def _check_token(address: str, *, token: str | None, where: str) -> None:
@@ -226,7 +242,6 @@ def _start_local(config: RayConfig) -> RayRuntime:
 
 def _join(config: RayConfig, *, address: str) -> RayRuntime:
     started = time.monotonic()
-    check_cluster(config)
     environment: dict[str, str | None] = {"RAY_USAGE_STATS_ENABLED": "0"}
     if config.token_path is not None:
         environment["RAY_AUTH_TOKEN_PATH"] = str(config.token_path)
@@ -255,7 +270,7 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
     except BaseException as error:
         ray.shutdown()
         _set_environment(restore)
-        refusal = _refusal(error, address=address)
+        refusal = _refusal(error, where=f'{_address_key(config)}: got "{address}"')
         if refusal is not None:
             raise ValueError(refusal) from error
         raise
@@ -271,24 +286,23 @@ def _join(config: RayConfig, *, address: str) -> RayRuntime:
     )
 
 
-def _refusal(error: BaseException, *, address: str) -> str | None:
+def _address_key(config: RayConfig) -> str:
+    return "ray.address" if config.address else "RAY_ADDRESS"
+
+
+def _refusal(error: BaseException, *, where: str) -> str | None:
     """Return what the user can do about a cluster that can't be joined; None when it is no fault of theirs."""
     if isinstance(error, AuthenticationError):
         return (
-            f'ray.address: got "{address}" and no token while RAY_AUTH_MODE asks for one, wanted that cluster\'s: set '
+            f"{where} and no token while RAY_AUTH_MODE asks for one, wanted that cluster's: set "
             "ray.token_path to a file that holds it, or export RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
         )
     versions = re.findall(r"(?:Ray|Python): (\S+)", str(error))
     if isinstance(error, RuntimeError) and str(error).startswith("Version mismatch") and len(versions) == 4:
         there, here = versions[:2], versions[2:]
         return (
-            f'ray.address: got "{address}", which runs Ray {there[0]} on Python {there[1]}, wanted Ray {here[0]} on '
+            f"{where}, which runs Ray {there[0]} on Python {there[1]}, wanted Ray {here[0]} on "
             f"Python {here[1]} as here: install the same on both sides"
-        )
-    if isinstance(error, ConnectionError) and address == "auto":
-        return (
-            'ray.address: got "auto" and no Ray on this machine, wanted a running one: start it by `ray start --head`, '
-            "or leave the address out for a local one"
         )
     return None
 

@@ -58,7 +58,7 @@ def _resume_problems(config: RunConfig, *, run_dir: Path) -> Iterator[str]:
     yield from wrong_models
     if not wrong_models:
         yield from _changed_models(config)
-        yield from (line for line in _plan_problems(config) if line.startswith("placement:"))
+        yield from (line for line in _plan_problems(config) if not line.startswith("disk:"))
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -197,9 +197,9 @@ def _port_problems(config: RunConfig) -> Iterator[str]:
 
 def _cluster_problems(config: RunConfig) -> Iterator[str]:
     if address_to_join(config.ray) is not None:
-        from cluster.ray_runtime import check_cluster
+        from cluster.ray_runtime import reachable_cluster
 
-        yield from _told(partial(check_cluster, config.ray))
+        yield from _told(partial(reachable_cluster, config.ray))
 
 
 def _plan_problems(config: RunConfig) -> Iterator[str]:
@@ -212,10 +212,14 @@ def _plan_problems(config: RunConfig) -> Iterator[str]:
     except ValueError as error:
         yield from str(error).splitlines()
         return
-    yield from (line for line in plan.problems if line.startswith(CERTAIN))
+    most = max(plan.roles, key=lambda role: role.count)
+    key = f"learner.training.num_{most.unit}s" if most.role == "learner" else f"{most.role}.replicas"
+    for line in plan.problems:
+        if line.startswith(CERTAIN):
+            yield line.replace("placement: ", f"{key}: got {most.count}, and ", 1)
 
 
-def _told(check: Callable[[], None]) -> Iterator[str]:
+def _told(check: Callable[[], object]) -> Iterator[str]:
     """Yield the lines of the ValueError that a check raises."""
     try:
         check()
