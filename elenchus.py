@@ -27,7 +27,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeAlias
@@ -454,13 +454,14 @@ def _plan(command: Plan, *, flags: Flags) -> int:
     from cluster.ray_config import address_to_join
     from serve.terminal import plan_as_json, write_plan
     from trainers.plan import plan_run
-    from trainers.preflight import machine_problems
+    from trainers.preflight import CERTAIN, machine_problems
     from trainers.run_config import load_run_config
 
     config = load_run_config(command.configs, flags=[*_run_flags(command), *flags])
     joins = address_to_join(config.ray) is not None
     plan = plan_run(config, machine=None if joins else this_machine())
-    problems = list(dict.fromkeys([*plan.problems, *machine_problems(config)]))
+    # What is certain is told as `run` would tell it.
+    problems = [*machine_problems(config), *(line for line in plan.problems if not line.startswith(CERTAIN))]
     resolved = config.model_dump(mode="json")
     if command.json:
         print(plan_as_json(plan, config=resolved, problems=problems))
@@ -485,8 +486,6 @@ def _write_text(path: Path, text: str, *, flag: str) -> None:
 
 
 def _doctor(command: Doctor) -> int:
-    from dataclasses import asdict
-
     from cluster.doctor import examine
     from serve.terminal import write_check
 

@@ -139,7 +139,12 @@ def validated(model: type[C], settings: Settings) -> C:
     try:
         config = _validate(model, settings.values)
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        # A refused key stands at its class's default here, and a default may be a path, which JSON has not.
+        found = [
+            details
+            for details in error.errors(include_url=False)
+            if _path_in_values(details["loc"], settings.values) not in refused
+        ]
         lines += [line for details in found for line in _lines_of(details, model=model, settings=settings)]
         lines += _problems_beyond(found, model=model, settings=settings, refused=refused)
     if lines:
@@ -233,7 +238,7 @@ def _plain_value(value: Any, *, depth: int) -> Any:
     unset = sorted({name for name in VARIABLE.findall(value) if name not in os.environ})
     if unset:
         raise ValueError(
-            f"got {_shown(value)}, wanted a variable of the environment, {unset[0]} is not set: export {unset[0]}=…, "
+            f"got {shown(value)}, wanted a variable of the environment, {unset[0]} is not set: export {unset[0]}=…, "
             "or write the value itself"
         )
     whole = VARIABLE.fullmatch(value)
@@ -281,7 +286,7 @@ def load_plugin(package: str, kind: str, *, where: str) -> Any:
     """
     names = plugin_names(package)
     if kind not in names:
-        raise ValueError(f"{where}: got {_shown(kind)}, wanted one of {_listed(names)}{_did_you_mean(kind, names)}")
+        raise ValueError(f"{where}: got {shown(kind)}, wanted one of {_listed(names)}{_did_you_mean(kind, names)}")
     return importlib.import_module(f"{package}.{kind}")
 
 
@@ -345,11 +350,11 @@ def _found_and_wanted(details: ErrorDetails, path: Key, *, model: type[Config]) 
         return _unknown_key(path, details["loc"], model=model)
     if kind == "missing":
         return "got nothing, wanted a value: it has no default"
-    got = _shown(details["input"])
+    got = shown(details["input"])
     if kind == "union_tag_invalid":
         tag = str(context["tag"])
         names = [name.strip().strip("'") for name in str(context["expected_tags"]).split(",")]
-        return f"got kind = {_shown(tag)}, wanted one of {_listed(names)}{_did_you_mean(tag, names)}"
+        return f"got kind = {shown(tag)}, wanted one of {_listed(names)}{_did_you_mean(tag, names)}"
     if kind == "literal_error":
         wanted = str(context["expected"]).replace(" or ", ", ").replace("'", "")
         near = _did_you_mean(str(details["input"]), wanted.split(", "))
@@ -394,10 +399,15 @@ def _unknown_key(path: Key, loc: Sequence[int | str], *, model: type[Config]) ->
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
     if nearest:
         return f"unknown key, did you mean {_dotted((*prefix, nearest[0]))}?"
-    elsewhere = [doc.key for doc in describe(model) if doc.key.split(".")[-1] == path[-1] and doc.key != ".".join(path)]
+    elsewhere = [key for key in _keys(model) if key.split(".")[-1] == path[-1] and key != ".".join(path)]
     if elsewhere:
         return f"unknown key, did you mean {' or '.join(elsewhere)}?"
     return f"unknown key, wanted one of {_listed(known)}"
+
+
+@cache
+def _keys(model: type[Config]) -> tuple[str, ...]:
+    return tuple(doc.key for doc in describe(model))
 
 
 def _keys_beside(loc: Sequence[int | str], *, model: type[Config]) -> list[str]:
@@ -461,8 +471,8 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _shown(value: Any) -> str:
-    """Return a value as TOML would show it, cut to what fits a line, without secrets."""
+def shown(value: Any) -> str:
+    """Return a value as TOML would show it, cut to what fits a line."""
     if isinstance(value, dict):
         return "a table"
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -471,7 +481,7 @@ def _shown(value: Any) -> str:
 
 def _dotted(path: Key) -> str:
     """Return a key as TOML writes it: what is more than letters, digits, _ and - in quotes."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", part) else _shown(part) for part in path)
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", part) else shown(part) for part in path)
 
 
 def _cut(text: str) -> str:
@@ -515,10 +525,10 @@ def _describe(model: type[Config], *, prefix: Key, defaults: Mapping[str, Any]) 
         sections = _models_of(info)
         default = defaults.get(name, info.get_default(call_default_factory=True))
         if not sections:
-            yield KeyDoc(key=key, default="" if default is PydanticUndefined else _shown(default), meaning=meaning)
+            yield KeyDoc(key=key, default="" if default is PydanticUndefined else shown(default), meaning=meaning)
         elif all("kind" in section.model_fields for section in sections) and isinstance(default, dict):
             kind = default.get("kind")
-            yield KeyDoc(key=f"{key}.kind", default=_shown(kind), meaning=meaning)
+            yield KeyDoc(key=f"{key}.kind", default=shown(kind), meaning=meaning)
             for section in sections:
                 for doc in _describe(section, prefix=(*prefix, name), defaults={}):
                     if not doc.key.endswith(".kind"):

@@ -512,10 +512,13 @@ def committed_policy(run: Path, version: str) -> Commit:
     """
     iterations = _committed_iterations(run)
     number = int(version[1:]) if version[:1] == "v" and version[1:].isdecimal() else -1
+    if not iterations:
+        raise ValueError(f'{run}: got version "{version}" and no commit yet; go on by `elenchus resume {run.name}`')
     if number not in iterations:
-        there = f"{', '.join(f'v{i}' for i in iterations[-12:])}" if iterations else "nothing: none is committed yet"
-        more = f" (or an earlier one, from v{iterations[0]})" if len(iterations) > 12 else ""
-        raise ValueError(f'{run}: got version "{version}", wanted {"one of " if iterations else ""}{there}{more}')
+        there = f"one of {', '.join(f'v{i}' for i in iterations)}"
+        if len(iterations) > 12:
+            there = f"v{iterations[0]} to v{iterations[-1]}"
+        raise ValueError(f'{run}: got version "{version}", wanted {there}')
     commit = _read_commit(run, number)
     failure = _files_failure(run, commit.policy)
     if failure is not None:

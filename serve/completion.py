@@ -11,11 +11,15 @@ _BASH = r"""
 # Names of runs, TOML files and config keys, which the function above does not know.
 _elenchus() {
   local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="${COMP_WORDS[1]}"
-  local runs_dir=runs names="" path i
-  for ((i = 2; i < COMP_CWORD; i++)); do
+  local runs_dir=runs names="" path i num_words=0
+  for ((i = 2; i < ${#COMP_WORDS[@]} - 1; i++)); do
     [[ "${COMP_WORDS[i]}" == --runs-dir ]] && runs_dir="${COMP_WORDS[i+1]}"
   done
-  if ((COMP_CWORD == 2)) && [[ "$word" != -* ]]; then
+  # Every flag of these commands has a value.
+  for ((i = 2; i < COMP_CWORD; i++)); do
+    if [[ "${COMP_WORDS[i]}" == -* ]]; then ((i++)); else ((num_words++)); fi
+  done
+  if ((COMP_CWORD >= 2 && num_words == 0)) && [[ "$word" != -* && "$before" != -* ]]; then
     case " @NAMED@ " in *" $command "*)
       for path in "$runs_dir"/*/resolved.json; do
         [[ -e "$path" ]] && path="${path%/resolved.json}" && names+="${path##*/} "

@@ -121,10 +121,7 @@ class JournalQueries:
         try:
             if not self._connection.extract_statements(sql):
                 raise QueryError('sql: got no statement, wanted one such as "select count(*) from verdicts"')
-            found: Any = self._connection.sql(sql)
-            if found is None:
-                return Result(columns=(), rows=iter(()))
-            reader = found.to_arrow_reader(ROWS_PER_BATCH)
+            reader = self._connection.sql(sql).to_arrow_reader(ROWS_PER_BATCH)
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise QueryError(_one_line(error)) from None
         return Result(columns=tuple(reader.schema.names), rows=_rows(reader))

@@ -1,54 +1,65 @@
-"""Owns `report.html`: one offline page made from what a run has written. Knows neither Ray nor engines."""
+"""Owns `report.html`: one offline page made from what a run has written. Knows neither Ray nor engines.
+
+    metrics, summary ──► report_figures, report_judges ──► charts ───┐
+    journal ──► report_journal ──► report_samples ──► rows to read ──┼──► report.html.jinja, report.css, report.js
+                       └─────────► report_story ────► words ─────────┘
+
+The page runs three scripts that are inside it, each named by its hash in the page's policy, which allows no connection
+of any kind. Whatever models wrote is escaped by the template or stored as JSON and put in as text nodes.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
-import plotly.graph_objects as go
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from serve import report_figures
-from serve.report_samples import pick_samples
-from trainers.statistics import wilson
-from trainers.summary import (
-    AgreementMetrics,
-    CriticAgreement,
-    GainSummary,
-    IterationMetrics,
-    Summary,
-    read_metrics,
-    read_summary,
-)
+from serve import report_figures, report_journal, report_judges, report_story
+from serve.report_chart import Cell, Chart, Table
+from serve.report_journal import Journal, read_journal
+from serve.report_samples import LIVE, MOST_CHARACTERS, PROPOSALS, Samples, link, pick_samples
+from serve.report_words import DASH, duration, number, percent
+from serve.visible_text import visible
+from trainers.summary import GainSummary, IterationMetrics, Summary, read_metrics, read_summary
 
 REPORT_FILE = "report.html"
-_TEMPLATE = "report.html.jinja"
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """One headline figure."""
-
-    name: str
-    value: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chart:
-    """One figure with its place and its caption."""
+class _Section:
+    """Charts that belong together."""
 
     key: str
+    short: str
     title: str
-    caption: str
-    figure: go.Figure
-    wide: bool = False
+    lead: str
+    charts: tuple[Chart, ...]
+    size: str = ""
+    """CSS class of its charts: "" for two in a line, "third", "wide"."""
+    table: Table | None = None
+    table_title: str = ""
+    table_caption: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Preset:
+    """A selection of samples to begin with."""
+
+    name: str
+    link: str
+    num: int
+    """Rows in the journal."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -57,184 +68,264 @@ def write_report(run_dir: Path) -> Path:
     A run that is still going, or was stopped, gets a report of what it has committed, and says so.
 
     Raises:
-        ValueError: `run_dir` is not a directory.
+        ValueError: `run_dir` is not a directory, or its metrics or summary are damaged.
     """
     if not run_dir.is_dir():
         raise ValueError(f"report: got {run_dir}, wanted the directory of a run; `elenchus run CONFIG` makes one")
-    summary, rows = read_summary(run_dir), read_metrics(run_dir)
-    charts = _charts(rows)
-    template = _environment().get_template(_TEMPLATE)
-    page = template.render(
-        run=summary.run if summary else run_dir.resolve().name,
-        summary=summary,
-        rows=rows,
-        tiles=_final_tiles(summary) if summary else _live_tiles(rows),
-        hero=_dumbbell(summary.sealed_accuracy) if summary else None,
-        charts=charts,
+    summary, rows, journal = read_summary(run_dir), read_metrics(run_dir), read_journal(run_dir)
+    oversight, budget = _oversight(run_dir)
+    samples = pick_samples(journal)
+    sections = _sections(rows, journal, budget=budget)
+    scripts = {"plotly_js": get_plotlyjs(), "report_js": (_HERE / "report.js").read_text(encoding="utf-8")}
+    figures = {
         # Through JSON: plotly's own objects hold NumPy arrays.
-        figures={chart.key: json.loads(chart.figure.to_json()) for chart in charts},
-        training=sorted({name for row in rows for name in row.training}),
-        samples=pick_samples(run_dir),
-        plotly_js=Markup(get_plotlyjs()),
-        nonce=secrets.token_urlsafe(16),
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        chart.key: json.loads(chart.figure.to_json())
+        for section in sections
+        for chart in section.charts
+        if chart.figure is not None
+    }
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            run=summary.run if summary else run_dir.resolve().name,
+            summary=summary,
+            rows=rows,
+            oversight=oversight,
+            story=report_story.story(summary, rows, journal, oversight=oversight),
+            hero=_dumbbell(summary.sealed_accuracy) if summary else None,
+            changes=report_story.changes(summary, journal),
+            facts=report_story.facts(summary, rows, journal, budget=budget),
+            sections=sections,
+            figures=htmlsafe_json_dumps(figures, separators=(",", ":")),
+            samples=samples.data,
+            samples_note=_samples_note(samples),
+            presets=_presets(samples, journal),
+            tables=_tables(summary, rows),
+            css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+            policy=_policy(scripts.values()),
+            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            **{name: Markup(script) for name, script in scripts.items()},
+        )
     )
     path = run_dir / REPORT_FILE
     part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
+    part.write_text(page, encoding="utf-8", newline="\n")
     part.replace(path)
     return path
 
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Whatever the template prints that is not markup of its own.
+        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "duration": _duration, "tone": _tone}
+    environment.filters |= {"percent": percent, "json": lambda value: htmlsafe_json_dumps(value, separators=(",", ":"))}
     return environment
 
 
-def _final_tiles(summary: Summary) -> list[_Tile]:
-    agreement, attack, ood = summary.critic_agreement, summary.attack_success, summary.ood_accuracy
-    well_formed = summary.sealed_accuracy_well_formed
-    return [
-        _Tile(
-            name="Frozen attack set: answers that fail",
-            value=f"{_percent(attack.before)} → {_percent(attack.after)}",
-            detail=f"n = {attack.n:,}; {_interval(attack.after, attack.n)} at the end",
-        ),
-        _Tile(
-            name="Out of distribution: right answers",
-            value=f"{_percent(ood.before)} → {_percent(ood.after)}",
-            detail=f"n = {ood.n:,}; families that no role was trained on",
-        ),
-        _Tile(
-            name="Critic agrees with truth, lowest iteration",
-            value=_percent(agreement.lowest),
-            detail=f"balanced; {_errors(agreement)}, AUROC {_number(agreement.auroc)}",
-        ),
-        _Tile(
-            name="Answers that experts were asked about",
-            value=_percent(summary.experts.fraction),
-            detail=f"{summary.experts.asked:,} of {summary.experts.verdicts:,} verdicts",
-        ),
-        _Tile(
-            name="Well-formed sealed answers",
-            value=f"{_percent(summary.well_formed.before)} → {_percent(summary.well_formed.after)}",
-            detail=f"gain where well-formed both times: {_points(well_formed.gain)} "
-            f"({_points(well_formed.ci_low)} to {_points(well_formed.ci_high)}), n = {well_formed.n:,}"
-            if well_formed
-            else "none is well-formed both times",
-        ),
-        _Tile(
-            name="Preference pairs trained",
-            value=f"{summary.pairs.trained:,}",
-            detail=f"{sum(summary.pairs.dropped.values()):,} dropped, counted by reason below",
-        ),
-        _Tile(
-            name="Replicas against the learner",
-            value=f"{summary.parity_max_abs_diff:.1e}",
-            detail=f"largest log-prob difference in nats, up to {summary.policy_version}",
-        ),
-        _Tile(
-            name="Wall-clock time",
-            value=_duration(summary.wall_s.total),
-            detail=f"bootstrap {_duration(summary.wall_s.bootstrap)}, start {_duration(summary.wall_s.start)}, "
-            f"loop {_duration(summary.wall_s.iterations)}",
-        ),
-    ]
+def _policy(scripts: Iterable[str]) -> str:
+    """Return the page's Content-Security-Policy: its own scripts by their hashes, no connection, no frame, no form.
+
+    Styles stay open, since plotly writes its own into the page; without connections or images they can tell nobody.
+    """
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
-def _live_tiles(rows: Sequence[IterationMetrics]) -> list[_Tile]:
+def _oversight(run_dir: Path) -> tuple[str | None, float | None]:
+    """Return which oversight the run's config names, and the experts' budget; None where nothing is written down."""
+    path = run_dir / "resolved.json"
+    config = json.loads(path.read_bytes()).get("oversight") or {} if path.exists() else {}
+    return config.get("kind"), config.get("budget")
+
+
+def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: float | None) -> list[_Section]:
     if not rows:
         return []
-    last = rows[-1]
-    agreement = last.critic_agreement
-    asked, verdicts = sum(row.experts_asked for row in rows), sum(row.num_verdicts for row in rows)
+    recorded = bool(journal.sampled)
     return [
-        _Tile(
-            name=f"Probe problems answered rightly, {last.policy_version}",
-            value=_percent(last.probe_accuracy),
-            detail=f"{_interval(last.probe_accuracy, last.num_probe)}, n = {last.num_probe:,}; "
-            f"{_percent(rows[0].probe_accuracy)} after iteration {rows[0].iteration}",
+        _Section(
+            key="learner",
+            short="Learner",
+            title="What the learner learnt",
+            lead="Curves with their 95 % intervals. A click on any point, here and below, opens the samples behind it.",
+            charts=(report_figures.learner(rows, journal), report_figures.attacks(rows, journal)),
         ),
-        _Tile(
-            name="Live attack success",
-            value=_percent(last.live_attack_success),
-            detail=f"of {last.num_attacks:,} queries, by the critic's verdicts",
-        ),
-        _Tile(
-            name="Critic agrees with truth",
-            value=_percent(agreement.balanced_accuracy),
-            detail=f"balanced; {_errors(agreement)}",
-        ),
-        _Tile(
-            name="Answers that experts were asked about",
-            value=_percent(asked / verdicts if verdicts else 0.0),
-            detail=f"{asked:,} of {verdicts:,} verdicts",
-        ),
-    ]
-
-
-def _charts(rows: Sequence[IterationMetrics]) -> list[_Chart]:
-    if not rows:
-        return []
-    seconds = report_figures.seconds_by_stage(rows)
-    return [
-        _Chart(
-            key="probe",
-            title="Probe accuracy",
-            caption="Right greedy answers to the probe problems after each update; band: 95 % interval.",
-            figure=report_figures.probe_accuracy(rows),
-        ),
-        _Chart(
-            key="attack",
-            title="Live attack success",
-            caption="New queries of which the critic fails at least half of the answers.",
-            figure=report_figures.live_attack_success(rows),
-        ),
-        _Chart(
-            key="critic",
-            title="Critic's agreement with truth",
-            caption="Balanced accuracy on a uniform sample of live answers, before any expert was asked.",
-            figure=report_figures.critic_agreement(rows),
-        ),
-        _Chart(
+        _Section(
             key="weakness",
-            title="Weakness map",
-            caption="Percentage of answers that the critic failed, taxonomy cell by iteration. Blank: not asked.",
-            figure=report_figures.weakness_map(rows),
-            wide=True,
+            short="Weaknesses",
+            title="Where it is weak",
+            lead="What the attacker looks for: the kinds of problems on which the learner's answers fail.",
+            charts=(report_figures.weakness_map(rows),),
+            size="wide",
         ),
-        _Chart(
+        _Section(
+            key="critic",
+            short="Critic",
+            title="Whether the critic can be trusted",
+            lead="All that the learner is trained on comes from these verdicts. Here they are held against truth.",
+            charts=(
+                report_judges.agreement(rows, recorded=recorded),
+                report_judges.error_rates(rows, recorded=recorded),
+                report_judges.calibration(rows, journal.sampled),
+            ),
+            size="third",
+        ),
+        _Section(
             key="experts",
-            title="Experts asked",
-            caption="Share of an iteration's answers that went to an expert.",
-            figure=report_figures.experts(rows),
+            short="Experts",
+            title="What the experts had to do",
+            lead="The verdicts that the critic was least sure of go to experts, as far as their budget reaches.",
+            charts=(report_judges.experts(rows, journal, budget=budget),),
+            table=report_judges.expert_matrix(journal),
+            table_title="The critic's verdicts against theirs",
+            table_caption="Over the whole run; only answers that an expert was asked about.",
         ),
-        _Chart(
-            key="pairs",
-            title="Pairs and drops",
-            caption="Preference pairs trained on, and the queries or candidates that gave none.",
-            figure=report_figures.pairs(rows),
+        _Section(
+            key="dropped",
+            short="Drops",
+            title="What was dropped, and why",
+            lead="Nothing vanishes: what became neither a query nor a pair is counted by its reason.",
+            charts=(report_figures.proposals(rows), report_figures.pairs(rows)),
         ),
-        _Chart(
-            key="seconds",
-            title="Time per stage",
-            caption="Mean seconds per iteration; whiskers: shortest and longest. Stages stream, so they overlap.",
-            figure=seconds,
-        ),
-        _Chart(
-            key="tokens",
-            title="Generated tokens per second",
-            caption="By pool.",
-            figure=report_figures.tokens_per_s(rows, height=seconds.layout.height),
+        _Section(
+            key="time",
+            short="Time",
+            title="Where the time went",
+            lead="Wall-clock time of the loop and what each pool of engines generated in it.",
+            charts=(report_figures.seconds(rows), report_figures.tokens_per_s(rows)),
         ),
     ]
+
+
+def _presets(samples: Samples, journal: Journal) -> list[_Preset]:
+    """Return the selections to begin with, the most telling first; those that lead to nothing are left out."""
+    last = max((answer.iteration for answer in journal.live), default=0)
+    offers: list[tuple[str, dict[str, Any]]] = [
+        ("expert overruled the critic", {"set": LIVE, "expert": report_journal.OVERRULED}),
+        ("critic passed a wrong answer", {"set": LIVE, "critic": "pass", "truth": report_journal.WRONG}),
+        ("critic failed a right answer", {"set": LIVE, "critic": "fail", "truth": report_journal.RIGHT}),
+        ("critique could not be read", {"set": LIVE, "critic": report_journal.UNREADABLE}),
+        ("expert gave no label", {"set": LIVE, "expert": report_journal.ABSTAINED}),
+        ("trained pairs", {"set": LIVE, "fate": [report_journal.CHOSEN, report_journal.REJECTED]}),
+        ("failed in the last iteration", {"set": LIVE, "iteration": last, "critic": "fail"}),
+        ("sealed: learnt", {"set": "sealed", "iteration": last, "fate": report_journal.IMPROVED}),
+        ("sealed: unlearnt", {"set": "sealed", "iteration": last, "fate": report_journal.WORSENED}),
+        ("out of distribution", {"set": "out_of_distribution", "iteration": last}),
+        ("dropped proposals", {"set": PROPOSALS}),
+    ]
+    found = [_Preset(name=name, link=link(**wanted), num=samples.count(**wanted)) for name, wanted in offers]
+    return [preset for preset in found if preset.num]
+
+
+def _samples_note(samples: Samples) -> str:
+    num_shown, num_rows = sum(samples.num_shown.values()), sum(samples.num_rows.values())
+    said = f"All {num_rows:,} rows of the journal are in this file"
+    if num_shown < num_rows:
+        sampled = [
+            f"{samples.num_shown[name]:,} of {num:,} {_SET_NAMES.get(name, name)}"
+            for name, num in samples.num_rows.items()
+            if samples.num_shown[name] < num
+        ]
+        said = (
+            f"This file holds {num_shown:,} of the journal's {num_rows:,} rows: {', '.join(sampled)}"
+            f"{' and all others' if len(sampled) < len(samples.num_rows) else ''}. They are drawn with a fixed seed so "
+            "that every iteration, kind of problem and verdict has some, and more where critic, experts and truth "
+            "differ"
+        )
+    cut = f"; {samples.num_cut:,} texts longer than {MOST_CHARACTERS:,} characters are cut" if samples.num_cut else ""
+    return said + cut + "."
+
+
+_SET_NAMES = {
+    LIVE: "live answers",
+    PROPOSALS: "dropped proposals",
+    "sealed": "sealed answers",
+    "probe": "probe answers",
+    "out_of_distribution": "out-of-distribution answers",
+    "attack_set": "answers to the frozen attack set",
+}
+
+
+def _tables(summary: Summary | None, rows: Sequence[IterationMetrics]) -> list[tuple[str, str, Table]]:
+    """Return the tables at the end: title, note, table."""
+    if not rows:
+        return []
+    found = [("Per iteration", "", _per_iteration(rows))]
+    names = sorted({name for row in rows for name in row.training})
+    if names:
+        lines = [
+            (
+                Cell(text=str(row.iteration)),
+                *(Cell(text=f"{row.training[name]:.4g}" if name in row.training else DASH) for name in names),
+            )
+            for row in rows
+        ]
+        head = ("iteration", *(name.replace("_", " ") for name in names))
+        found.append(
+            ("Training", "Means over the optimizer steps of an iteration.", Table(head=head, rows=tuple(lines)))
+        )
+    if summary:
+        note = (
+            "By purpose. Under the critic_expert regime truth labels nothing but the bootstrap's demonstrations and "
+            "the simulated expert's answers."
+        )
+        found.append(("Gold: uses of computable truth as a label", note, _counts(summary.gold.model_dump())))
+        note = "Queries or candidates over the whole run, by reason."
+        found.append(("Dropped without a pair", note, _counts(summary.pairs.dropped)))
+    return found
+
+
+def _per_iteration(rows: Sequence[IterationMetrics]) -> Table:
+    head = (
+        *("iteration", "version", "probe accuracy", "live attack success", "critic agrees", "false pass"),
+        *("false fail", "AUROC", "to experts", "pairs", "parity, nats", "time"),
+    )
+    lines = [
+        (
+            Cell(text=str(row.iteration), link=link(set=LIVE, iteration=row.iteration)),
+            Cell(text=row.policy_version),
+            Cell(text=percent(row.probe_accuracy), link=link(set="probe", iteration=row.iteration)),
+            Cell(
+                text=percent(row.live_attack_success),
+                link=link(set=LIVE, iteration=row.iteration, attack="succeeded"),
+            ),
+            Cell(text=percent(row.critic_agreement.balanced_accuracy)),
+            Cell(text=percent(row.critic_agreement.false_pass)),
+            Cell(text=percent(row.critic_agreement.false_fail)),
+            Cell(text=number(row.critic_agreement.auroc)),
+            Cell(
+                text=f"{row.experts_asked:,}",
+                detail=f"of {row.num_verdicts:,}",
+                link=link(set=LIVE, iteration=row.iteration, expert=report_journal.EXPERT_ANSWERS),
+            ),
+            Cell(
+                text=f"{row.pairs_trained:,}",
+                link=link(set=LIVE, iteration=row.iteration, fate=[report_journal.CHOSEN, report_journal.REJECTED]),
+            ),
+            Cell(text=DASH if row.parity_max_abs_diff is None else f"{row.parity_max_abs_diff:.1e}"),
+            Cell(text=duration(row.wall_s)),
+        )
+        for row in rows
+    ]
+    return Table(head=head, rows=tuple(lines))
+
+
+def _counts(values: Mapping[str, int]) -> Table:
+    return Table(
+        head=("what", "how often"),
+        rows=tuple((Cell(text=name.replace("_", " ")), Cell(text=f"{num:,}")) for name, num in values.items()),
+    )
 
 
 def _dumbbell(gain: GainSummary) -> dict[str, str]:
@@ -250,39 +341,3 @@ def _dumbbell(gain: GainSummary) -> dict[str, str]:
         "ci_width": high - low,
     }
     return {name: f"{100 * place:.2f}%" for name, place in places.items()}
-
-
-def _interval(value: float, n: int) -> str:
-    share = wilson(round(value * n), n)
-    return f"95 % CI {_percent(share.ci_low)} to {_percent(share.ci_high)}"
-
-
-def _errors(found: CriticAgreement | AgreementMetrics) -> str:
-    return f"false pass {_percent(found.false_pass)}, false fail {_percent(found.false_fail)}"
-
-
-def _percent(value: float | None) -> str:
-    """Return a share as text; a dash when it was not measured."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _points(value: float) -> str:
-    """Return a difference of shares in percentage points, always with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _tone(label: str | None) -> str:
-    """Return the CSS class of a verdict; a plain word whatever the label says."""
-    return {"pass": "pass", "fail": "fail"}.get(label or "", "none")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from cluster.machine import gib
@@ -93,7 +94,7 @@ def _write_table(stream: TextIO, columns: Sequence[str], rows: Iterator[tuple[An
     count = f"{len(shown):,} row{'s' * (len(shown) != 1)}"
     if next(rows, None) is not None:
         count = f"the first {count}; --format csv writes all of them, --max-rows {10 * max_rows} more"
-    _show(stream, *([table] if columns else []), f"[dim]({count})[/]")
+    _show(stream, table, f"[dim]({count})[/]")
 
 
 def _table_cell(value: Any) -> str:
@@ -169,16 +170,18 @@ def write_plan(stream: TextIO, plan: Plan) -> None:
     _show(
         stream,
         f"● plan of {_plain(plan.name)}; nothing is started and nothing written",
-        f"  config: {_changes(plan)}",
-        f"  seed {plan.seed}, of the evaluation {plan.evaluation_seed}; regime {plan.regime}: {LABELS[plan.regime]}",
+        _indented(
+            f"seed {plan.seed}, of the evaluation {plan.evaluation_seed}; regime {plan.regime}: {LABELS[plan.regime]}"
+        ),
+        _grid(_change_rows(plan)),
         "",
         _placement(plan),
         "",
-        _grid(_memory_rows(plan)),
+        *(_indented(line) for line in _memory_lines(plan)),
         "",
         _grid(_work_rows(plan)),
         "",
-        f"  writes about {gib(plan.disk_bytes)} of the {gib(plan.free_disk_bytes)} that are free:",
+        f"  it writes about {gib(plan.disk_bytes)} of the {gib(plan.free_disk_bytes)} that are free:",
         _grid(_file_rows(plan)),
         *([""] if plan.notes else []),
         *(f"{MARKS['warning']} {_plain(note)}" for note in plan.notes),
@@ -191,16 +194,23 @@ LABELS = {
 }
 
 
-def _changes(plan: Plan) -> str:
-    changes = [f"{key} = {value}" for key, value in plan.changed.items() if key not in ("name", "seed")]
-    return _plain(" · ".join(changes)) or "all defaults"
+def _change_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the settings that are not defaults, a row for each section."""
+    sections: dict[str, list[str]] = {}
+    for key, value in plan.changed.items():
+        section, _, name = key.rpartition(".")
+        if key not in ("name", "seed"):
+            sections.setdefault(section, []).append(f"{name} = {value}")
+    yield from ((_plain(section or "config"), _plain(" · ".join(said))) for section, said in sections.items())
+    if not sections:
+        yield "config", "all defaults"
 
 
 def _placement(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("", "runs as", "model"):
         table.add_column(name, overflow="fold")
-    for name in ("CPUs", "GPUs", "memory, estimated"):
+    for name in ("CPUs", "GPUs", "memory, estimate"):
         table.add_column(name, justify="right", no_wrap=True)
     for role in plan.roles:
         table.add_row(
@@ -216,21 +226,29 @@ def _placement(plan: Plan) -> Table:
     table.add_row("  together", "", "", f"{plan.cpus:g}", f"{plan.gpus:g}", gib(plan.memory_bytes), style="bold")
     machine = plan.machine
     if machine is not None:
-        have = f"{gib(machine.memory_bytes)}, {gib(machine.free_memory_bytes)} free"
-        table.add_row("  there are", "", "", str(plan.num_cpus), str(len(machine.gpus)), have, style="bold")
+        has = (str(plan.num_cpus), str(len(machine.gpus)), gib(machine.memory_bytes))
+        table.add_row("  there are", "", "", *has, style="bold")
+        table.add_row("  free now", "", "", "", "", gib(machine.free_memory_bytes), style="bold")
     return table
 
 
-def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    """Yield what one process of each role takes, roles that take the same in one line."""
+    alike: dict[str, list[str]] = {}
     for role in plan.roles:
-        yield f"one {role.role} {role.unit}", f"{_sum(role.memory)} · {role.threads} thread{'s' * (role.threads != 1)}"
+        threads = f"{role.threads} thread{'s' * (role.threads != 1)}"
+        said = [_sum(role.memory), *role.notes, threads]
         if role.gpu_memory:
-            yield (
-                "",
-                f"on {'each of ' if len(role.gpus) > 1 else ''}its GPU{'s' * (len(role.gpus) > 1)}: "
-                + _sum(role.gpu_memory),
-            )
-        yield from (("", _plain(note)) for note in role.notes)
+            gpus = "its GPU" if len(role.gpus) == 1 else f"each of its {len(role.gpus)} GPUs"
+            said.insert(1, f"on {gpus} {_sum(role.gpu_memory)}")
+        alike.setdefault(f": {'; '.join(said)}", []).append(f"{role.unit} of {role.role}")
+    for text, names in alike.items():
+        first, *others = names
+        yield _plain(f"one {', '.join([first, *(name.split(' of ', 1)[1] for name in others)])}{text}")
+
+
+def _indented(text: str) -> Padding:
+    return Padding(text, (0, 0, 0, 2))
 
 
 def _sum(parts: Mapping[str, int]) -> str:

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.records import Critique, Issue, Message, Query, Response, Verdict, to_table
+from actors.records import (
+    Critique,
+    EvaluationAnswer,
+    Issue,
+    Message,
+    PreferencePair,
+    Proposal,
+    Query,
+    Response,
+    Verdict,
+    to_table,
+)
 from trainers.statistics import agreement, paired_gain
 from trainers.summary import (
     AgreementMetrics,
@@ -47,8 +59,8 @@ def make_row(
         pairs_dropped={"all_pass": 20, "all_fail": 10 + iteration, "margin": 6},
         proposals={"accepted": 96, "invalid": 3},
         cells=(
-            CellCounts(facets=("+", "3", "2"), num_pass=30, num_fail=10),
-            CellCounts(facets=("-", "3", "1"), num_pass=0, num_fail=0),
+            CellCounts(facets=("+", "2", "1"), num_pass=30, num_fail=10),
+            CellCounts(facets=("-", "2", "0"), num_pass=0, num_fail=0),
         ),
         seconds={"queries": 2.5, "responses": 6.0, "training": 4.0},
         wall_s=14.5,
@@ -83,31 +95,152 @@ def make_summary(rows: list[IterationMetrics], *, run: str = "demo") -> Summary:
     )
 
 
+START = {
+    "sealed": [False, False, True, True],
+    "out_of_distribution": [False, False],
+    "attack_set": [False, False, True],
+    "probe": [True, False, False],
+}
+"""Which evaluation problems are answered rightly before training."""
+END = {
+    "sealed": [True, True, True, False],
+    "out_of_distribution": [False, False],
+    "attack_set": [True, False, True],
+    "probe": [True, True, False],
+}
+"""And after the last iteration."""
+
+
+def write_start(run_dir: Path) -> None:
+    """Write iteration 0's tables: the evaluation sets, answered before training."""
+    _write(run_dir, 0, {"evaluations": (_evaluations(START, iteration=0), EvaluationAnswer)})
+
+
 def write_journal(
-    run_dir: Path, *, iteration: int, num_queries: int = 6, question: str = "87+75", wrong: str = WRONG
+    run_dir: Path,
+    *,
+    iteration: int,
+    num_queries: int = 6,
+    question: str = "87+75",
+    wrong: str = WRONG,
+    is_last: bool = False,
+    keeps_agreement: bool = True,
 ) -> None:
     """Write one iteration's tables: per query a right and a wrong answer, judged by a critic that is sometimes wrong.
 
     Of every three queries the critic fails the wrong answer of the first and of the second, and passes that of the
-    third with P(good) 0.6; that one goes to the expert, who fails it.
+    third with P(good) 0.6; that one goes to the expert, who fails it. Each query gives a pair. Truth was asked about
+    every answer, unless the run is of a version that kept no list of them.
     """
-    queries, responses, critiques, verdicts = [], [], [], []
+    queries, responses, critiques, verdicts, pairs, kept = [], [], [], [], [], []
     for number in range(num_queries):
-        query_id = f"q{iteration}-{number}"
-        queries.append(_query(query_id, question=question, iteration=iteration, carries=number % 3))
-        for sample, text in enumerate((RIGHT, wrong)):
-            response_id = f"{query_id}-r{sample}"
-            fooled = sample == 1 and number % 3 == 2
-            score = 0.6 if fooled else 0.98 if sample == 0 else 0.03
-            responses.append(_response(response_id, query_id, text=text, sample=sample, version=f"v{iteration - 1}"))
-            critiques.append(_critique(response_id, query_id, text=text, score=score))
-            verdicts.append(_verdict(response_id, query_id, score=score, overruled=fooled))
+        query = _query(f"q{iteration}-{number}", question=question, iteration=iteration, carries=number % 3)
+        queries.append(query)
+        answers = [
+            _response(f"{query.query_id}-r{i}", query.query_id, text=text, sample=i, version=f"v{iteration - 1}")
+            for i, text in enumerate((RIGHT, wrong))
+        ]
+        responses += answers
+        pairs.append(_pair(query, *answers))
+        for answer in answers:
+            fooled = answer.sample_index == 1 and number % 3 == 2
+            score = 0.6 if fooled else 0.98 if answer.sample_index == 0 else 0.03
+            critiques.append(_critique(answer.response_id, query.query_id, text=answer.text, score=score))
+            verdicts.append(_verdict(answer.response_id, query.query_id, score=score, overruled=fooled))
+            kept.append(_kept(query, answer, item=len(kept)))
+    sets = END if is_last else {"probe": END["probe"]}
+    evaluations = _evaluations(sets, iteration=iteration) + (kept if keeps_agreement else [])
+    _write(
+        run_dir,
+        iteration,
+        {
+            "proposals": (_proposals(iteration), Proposal),
+            "queries": (queries, Query),
+            "responses": (responses, Response),
+            "critiques": (critiques, Critique),
+            "verdicts": (verdicts, Verdict),
+            "pairs": (pairs, PreferencePair),
+            "evaluations": (evaluations, EvaluationAnswer),
+        },
+    )
+
+
+def _write(run_dir: Path, iteration: int, stages: dict[str, tuple[list[Any], type]]) -> None:
     directory = run_dir / "journal" / f"iteration={iteration:06d}"
     directory.mkdir(parents=True)
-    pq.write_table(to_table(queries, Query), directory / "queries.parquet")
-    pq.write_table(to_table(responses, Response), directory / "responses.parquet")
-    pq.write_table(to_table(critiques, Critique), directory / "critiques.parquet")
-    pq.write_table(to_table(verdicts, Verdict), directory / "verdicts.parquet")
+    for name, (rows, kind) in stages.items():
+        pq.write_table(to_table(rows, kind), directory / f"{name}.parquet")
+    (directory / "COMMIT.json").write_text("{}")
+
+
+def _evaluations(sets: dict[str, list[bool]], *, iteration: int) -> list[EvaluationAnswer]:
+    return [
+        EvaluationAnswer(
+            answer_id=f"{name}-{iteration}-{item}",
+            set_name=name,
+            iteration=iteration,
+            item=item,
+            query=f"{item}1+11",
+            facets=("+", "2", "0"),
+            text=RIGHT if correct else WRONG,
+            correct=correct,
+            well_formed=True,
+            policy_version=f"v{iteration}",
+        )
+        for name, grades in sets.items()
+        for item, correct in enumerate(grades)
+    ]
+
+
+def _kept(query: Query, answer: Response, *, item: int) -> EvaluationAnswer:
+    return EvaluationAnswer(
+        answer_id=answer.response_id,
+        set_name="agreement",
+        iteration=query.iteration,
+        item=item,
+        query=query.messages[-1].content,
+        facets=query.facets,
+        text=answer.text,
+        correct=answer.sample_index == 0,
+        well_formed=True,
+        policy_version=answer.policy_version,
+    )
+
+
+def _proposals(iteration: int) -> list[Proposal]:
+    outcomes = ("accepted", "invalid", "wrong_split", "invalid")
+    return [
+        Proposal(
+            proposal_id=f"p{iteration}-{i}",
+            iteration=iteration,
+            sample_index=i,
+            text=f"{i}+?",
+            target=("+", "2", "0"),
+            outcome=outcome,
+            query_id=f"q{iteration}-0" if outcome == "accepted" else None,
+        )
+        for i, outcome in enumerate(outcomes)
+    ]
+
+
+def _pair(query: Query, chosen: Response, rejected: Response) -> PreferencePair:
+    return PreferencePair(
+        pair_id=f"pair-{query.query_id}",
+        query_id=query.query_id,
+        prompt=query.messages,
+        chosen=chosen.text,
+        rejected=rejected.text,
+        prompt_token_ids=chosen.prompt_token_ids,
+        chosen_token_ids=chosen.token_ids,
+        rejected_token_ids=rejected.token_ids,
+        margin=0.95,
+        weight=1.0,
+        noise=0.0,
+        source="critic",
+        chosen_id=chosen.response_id,
+        rejected_id=rejected.response_id,
+        iteration=query.iteration,
+    )
 
 
 def _query(query_id: str, *, question: str, iteration: int, carries: int) -> Query:

@@ -25,27 +25,6 @@ from trainers.summary import AgreementMetrics, IterationMetrics, Summary
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "command: got nothing, wanted one of demo, run, resume, chat, report"),
-        (["dmeo"], 'command: got "dmeo", wanted one of demo, run, resume, chat, report; did you mean demo?'),
-        (["resume", "x", "--runs-dri", "y"], "elenchus resume: unknown flag --runs-dri; did you mean --runs-dir?"),
-        (["chat", "x", "--max_token=3"], "elenchus chat: unknown flag --max-token; did you mean --max-tokens?"),
-        (["resume"], "Missing from elenchus resume: STR The run's name. (required) · see elenchus resume --help"),
-        (["demo", "--seed", "x"], "Error parsing --seed: invalid literal for int() with base 10: 'x'"),
-    ],
-)
-def test_a_wrong_word_is_answered_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert elenchus.main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"✗ {message}")
-    assert told.err.count("\n") == 1
-
-
 def test_all_of_a_configs_mistakes_are_told_and_the_code_is_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +229,9 @@ def test_chat_answers_lines_from_a_pipe_with_the_newest_committed_policy(
     answer, _, refusal = told.out.rpartition("(the question has")
     assert len(answer) <= len("1234\n")
     assert "more than the model takes" in refusal
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12+34=\n"))
+    assert elenchus.main(["chat", "x", "--runs-dir", str(tmp_path), "--version", "v0", "--max-tokens", "4"]) == 0
+    assert answer.splitlines()[0] == capsys.readouterr().out.splitlines()[0]
 
 
 def test_chat_with_a_run_that_has_committed_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import tomllib
 from pathlib import Path
@@ -180,48 +179,6 @@ def test_lines_are_right_behind_everything_that_toml_can_span_lines_with(tmp_pat
 def test_a_sections_own_check_is_told_with_the_full_key(tmp_path: Path) -> None:
     (line,) = problems_of(tmp_path, '[learner.training]\ndtype = "bf16"\nzero_stage = 0\n')
     assert line.startswith('a.toml:2: learner.training.dtype: got "bf16" with zero_stage = 0')
-
-
-SECTIONS = [key for key in RunConfig.model_fields if key not in ("name", "seed", "runs_dir")]
-KEYS = sorted({part for doc in describe(RunConfig) for part in doc.key.split(".")} | {"kind", "x", "a b", ""})
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["dpo", "bootstrap"])
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
-    max_leaves=8,
-)
-
-
-def toml(value: Any) -> str:
-    """Return a value as inline TOML."""
-    if value is None:
-        return '"none"'
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from([*SECTIONS, "name", "seed", *KEYS]), VALUES, max_size=5))
-def test_whatever_a_toml_file_holds_the_answer_is_a_config_or_lines(tmp_path: Path, values: dict[str, Any]) -> None:
-    path = written(tmp_path, "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in values.items()))
-    told: tuple[str, ...] = ()
-    try:
-        load_run_config([path])
-    except ConfigError as error:
-        told = error.problems or ("nothing is said",)
-    assert [line for line in told if "\n" in line or not line.startswith((f"{path}:", "settings:"))] == []
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,6 +2,8 @@
 
 Tensors are counted (each function says how); what a process takes besides them was measured once, and is a constant
 here. P is the number of parameters, b the bytes of one, N the number of ranks. Nothing is loaded and nothing started.
+On CPUs the estimates were within 9 % of what was measured (tests/test_plan.py: ranks under ZeRO 0 to 3, and the demo as
+a whole); on GPUs nothing was measured.
 """
 
 from __future__ import annotations

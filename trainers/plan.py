@@ -130,7 +130,7 @@ class Plan:
     """None for a cluster."""
     free_disk_bytes: int
     roles: tuple[RolePlan, ...]
-    shared_memory: Mapping[str, int]
+    shared_memory: dict[str, int]
     """Host memory besides the roles', in bytes."""
     work: Work
     files: tuple[PlannedFile, ...]
@@ -218,16 +218,20 @@ def _shapes(config: RunConfig) -> dict[str, ModelShape]:
         "critic": config.critic.engine.model,
         "learner": config.learner.model,
     }
-    shapes, problems = {}, []
+    by_model: dict[str, ModelShape | None] = {BOOTSTRAP: bootstrap_shape(config.base_model)}
+    problems = []
     for role, model in models.items():
+        if model in by_model:
+            continue  # one directory for several roles is read, and told of, once
+        by_model[model] = None
         try:
-            shapes[role] = bootstrap_shape(config.base_model) if model == BOOTSTRAP else directory_shape(Path(model))
+            by_model[model] = directory_shape(Path(model))
         except ValueError as error:
             key = "learner.model" if role == "learner" else f"{role}.engine.model"
             problems += [f"{key}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ValueError("\n".join(problems))
-    return shapes
+    return {role: shape for role, model in models.items() if (shape := by_model[model]) is not None}
 
 
 def _roles(config: RunConfig, *, shapes: Mapping[str, ModelShape], gpus: Sequence[Gpu]) -> Iterator[RolePlan]:
@@ -426,11 +430,12 @@ def _memory_problems(plan: Plan, *, config: RunConfig, shapes: Mapping[str, Mode
     if machine is None:
         return
     if plan.memory_bytes > machine.memory_bytes:
-        largest = max(plan.roles, key=lambda role: role.memory_bytes)
+        parts = {role.role: role.memory_bytes for role in plan.roles} | plan.shared_memory
+        largest = max(parts, key=lambda name: parts[name])
         yield (
             f"memory: an estimated {gib(plan.memory_bytes)} in all, wanted at most the {gib(machine.memory_bytes)} "
-            f"that are here: most is the {largest.role}'s ({largest.count} × {gib(sum(largest.memory.values()))}); "
-            f"lower its {largest.unit}s, kv_cache_gb or ray.object_store_gb"
+            f"that are here; most is for {largest}, {gib(parts[largest])}: lower replicas, num_ranks, kv_cache_gb or "
+            "ray.object_store_gb"
         )
     held = WEIGHT_VERSIONS_IN_STORE * shapes["learner"].num_parameters * BYTES[config.learner.training.dtype]
     store = int(config.ray.object_store_gb * GIB)

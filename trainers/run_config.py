@@ -28,6 +28,7 @@ from cluster.config import (
     plugin_config,
     plugin_settings,
     read_settings,
+    shown,
     validated,
 )
 from cluster.ray_config import RayConfig
@@ -246,8 +247,8 @@ def _models(config: RunConfig) -> Iterator[str]:
     """Yield where roles that must have the same model have two, or a window is longer than the model's."""
     if config.rollouts.engine.model != config.learner.model:
         yield (
-            f'rollouts.engine.model: got "{config.rollouts.engine.model}", wanted learner.model, '
-            f'"{config.learner.model}": the rollout pool answers with the learner\'s weights'
+            f"rollouts.engine.model: got {shown(config.rollouts.engine.model)}, wanted learner.model, "
+            f"{shown(config.learner.model)}: the rollout pool answers with the learner's weights"
         )
     engines = {"attacker": config.attacker.engine, "rollouts": config.rollouts.engine, "critic": config.critic.engine}
     longest = config.base_model.max_positions
@@ -292,6 +293,6 @@ def _exclusions(config: RunConfig) -> Iterator[str]:
     for key, value in (("num_cpus", config.ray.num_cpus), ("dashboard", config.ray.dashboard or None)):
         if value is not None:
             yield (
-                f'ray.{key}: got {str(value).lower()} beside ray.address = "{config.ray.address}", wanted one of the '
-                "two: it is for a local Ray"
+                f"ray.{key}: got {str(value).lower()} beside ray.address = {shown(config.ray.address)}, wanted one of "
+                "the two: it is for a local Ray"
             )
