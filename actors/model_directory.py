@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_READ_BYTES = 1 << 30
-"""How much of a model's values is read to look for NaN and to recognise it again: about two seconds."""
+"""How much of a model's values is read to look for NaN and to recognise it again: about a second each."""
 BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000
 """As safetensors itself has it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.chat import Tokenizer, decode, encode_chat, load_tokenizer
-from actors.domains import Domain, load_domain
+from actors.domains import Domain, domain_called
 from cluster.store import committed_policy, last_commit
 from trainers.run_config import read_resolved
 
@@ -54,7 +54,7 @@ def load_learner(run_dir: Path, *, version: str | None = None) -> LocalLearner:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import AutoModelForCausalLM
 
-    domain, _ = load_domain(config.domain.kind, config.domain)
+    domain = domain_called(config.domain.kind, config.domain)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return LocalLearner(
         version=f"v{commit.iteration}", model=model.eval(), tokenizer=load_tokenizer(directory), domain=domain

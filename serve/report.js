@@ -102,7 +102,6 @@
   const samples = read("samples-data");
   if (!samples) return;
   const { dimensions, values, groups, texts, abouts, critiques, units } = samples;
-  const section = byId("samples");
   const NAMES = {
     set: "rows", iteration: "iteration", cell: "kind of problem", critic: "critic says", expert: "expert",
     truth: "truth (for the report only)", sure: "P(good), where truth is known", attack: "attack", fate: "what became of it",
@@ -115,6 +114,14 @@
   const value = (group, name) => values[dimensions.indexOf(name)][groups[group][dimensions.indexOf(name)]];
   const shownValue = (name, text) => (name === "set" ? SETS[text] || text : text);
   const plural = (num, one, many) => `${num.toLocaleString("en")} ${num === 1 ? one : many}`;
+
+  // The answers to an evaluation problem, whenever it was asked.
+  const problem = (rows, query) => value(rows[0][0], "set") + "/" + query;
+  const asked = new Map();
+  for (const [query, , rows] of units) {
+    const key = problem(rows, query);
+    asked.set(key, [...(asked.get(key) || []), ...rows]);
+  }
 
   let wanted = {};   // by dimension, the values that a row may have
   let search = "";
@@ -154,7 +161,7 @@
     byId("search").value = "";
     numPages = 1;
     render();
-    section.scrollIntoView({ behavior: "instant", block: "start" });
+    byId("found").parentElement.scrollIntoView({ behavior: "instant", block: "start" });
     byId("found").focus({ preventScroll: true });
   }
 
@@ -248,13 +255,17 @@
       known.attack ? `written by the attacker (${known.attack.replaceAll("_", " ")}, ${known.attacker})` : "",
       known.split ? `${known.split} split` : "",
       value(group, "attack") ? `attack ${value(group, "attack")}` : "",
+      isLoop && abouts[rows[0][2]].version ? `answered by ${abouts[rows[0][2]].version}` : "",
     ];
     const head = element("header", "", textElement("query", texts[query]), element("p", "about", where.filter(Boolean).join(" · ")));
     const card = element("article", "card unit", head);
     for (const [row, num] of alike(mine)) card.append(rowElement(row, num));
-    const others = rows.filter((row) => !mine.includes(row));
+    const unseen = rows.filter((row) => !mine.includes(row));
+    const others = isLoop ? unseen : asked.get(problem(rows, query)).filter((row) => !rows.includes(row));
     if (others.length) {
-      const rest = element("details", "others", element("summary", "", `${plural(others.length, "other answer", "other answers")} to this query`));
+      const said = isLoop ? `${plural(others.length, "other answer", "other answers")} to this query`
+        : `what it answered ${plural(others.length, "other time", "other times")}`;
+      const rest = element("details", "others", element("summary", "", said));
       // Drawn when opened: most never are.
       rest.addEventListener("toggle", () => {
         if (rest.open && rest.children.length === 1) for (const [row, num] of alike(others)) rest.append(rowElement(row, num));
@@ -279,21 +290,20 @@
     const judges = element("dl", "judges");
     const say = (name, ...said) => judges.append(element("dt", "", name), element("dd", "", ...said));
     if (num > 1) say("same", `${num} answers`);
-    if (own.length) {
-      const scores = own.map((place) => critiques[place].score).filter((score) => score !== null);
-      const mean = scores.reduce((sum, score) => sum + score, 0) / scores.length;
-      say("P(good)", scores.length ? mean.toFixed(3) : "–");
-    }
-    if (value(group, "critic")) say("critic", chip(value(group, "critic")));
+    const isLoop = value(group, "set") === "live";
+    const scores = own.map((place) => critiques[place].score).filter((score) => score !== null);
+    const mean = scores.reduce((sum, score) => sum + score, 0) / scores.length;
+    const critic = value(group, "critic");
+    if (critic) say("critic", chip(critic), scores.length ? ` P(good) ${mean < 0.0005 ? "< 0.001" : mean.toFixed(3)}` : "");
     const expert = value(group, "expert");
     if (expert && expert !== "not asked") say("expert", chip(expert === "no label" ? expert : known.counted), expert === "no label" ? "" : ` ${expert}`);
-    if (known.counted) say("counted", chip(known.counted));
+    if (known.counted && known.counted !== critic && expert === "not asked") say("counted", chip(known.counted));
     const truth = value(group, "truth");
     if (truth && truth !== "not asked") say("truth", chip(truth));
-    if (value(group, "fate")) say(value(group, "set") === "live" ? "training" : "outcome", value(group, "fate"));
+    if (value(group, "fate")) say(isLoop ? "training" : "outcome", value(group, "fate"));
     if (known.well_formed === false) say("form", "not well-formed");
     if (known.end && known.end !== "stop") say("ended by", known.end);
-    if (known.version) say("learner", known.version);
+    if (known.version && !isLoop) say("learner", known.version);
     if (text === null) return element("div", "answer plain", judges);
     const issues = own.flatMap((place) => critiques[place].issues);
     const answer = element("div", "", element("h4", "", "answer"), textElement("text", texts[text], issues));

@@ -46,7 +46,7 @@ class _Section:
     lead: str
     charts: tuple[Chart, ...]
     size: str = ""
-    """CSS class of its charts: "" for two in a line, "third", "wide"."""
+    """CSS class of its charts: "" for two in a line, "third", "most" for two thirds of it, "wide"."""
     table: Table | None = None
     table_title: str = ""
     table_caption: str = ""
@@ -122,15 +122,19 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Whatever the template prints that is not markup of its own.
-        finalize=lambda value: visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
+        finalize=lambda value: _printed(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
     )
     environment.filters |= {"percent": percent, "json": lambda value: htmlsafe_json_dumps(value, separators=(",", ":"))}
     return environment
 
 
+def _printed(text: str) -> str:
+    """Return what the template prints of a text that is not markup: nothing invisible, no figure torn from its sign."""
+    return visible(text).replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
+
+
 def _policy(scripts: Iterable[str]) -> str:
-    """Return the page's Content-Security-Policy: its own scripts by their hashes, no connection, no frame, no form.
+    """Return the page's Content-Security-Policy: its own scripts by their hashes, no connection, no text as markup.
 
     Styles stay open, since plotly writes its own into the page; without connections or images they can tell nobody.
     """
@@ -138,7 +142,7 @@ def _policy(scripts: Iterable[str]) -> str:
     allowed = " ".join(f"'sha256-{found}'" for found in hashes)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
@@ -152,7 +156,7 @@ def _oversight(run_dir: Path) -> tuple[str | None, float | None]:
 def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: float | None) -> list[_Section]:
     if not rows:
         return []
-    recorded = bool(journal.sampled)
+    recorded, matrix = bool(journal.sampled), report_judges.expert_matrix(journal)
     return [
         _Section(
             key="learner",
@@ -187,7 +191,8 @@ def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: flo
             title="What the experts had to do",
             lead="The verdicts that the critic was least sure of go to experts, as far as their budget reaches.",
             charts=(report_judges.experts(rows, journal, budget=budget),),
-            table=report_judges.expert_matrix(journal),
+            size="most" if matrix else "",
+            table=matrix,
             table_title="The critic's verdicts against theirs",
             table_caption="Over the whole run; only answers that an expert was asked about.",
         ),
@@ -217,7 +222,7 @@ def _presets(samples: Samples, journal: Journal) -> list[_Preset]:
         ("critic failed a right answer", {"set": LIVE, "critic": "fail", "truth": report_journal.RIGHT}),
         ("critique could not be read", {"set": LIVE, "critic": report_journal.UNREADABLE}),
         ("expert gave no label", {"set": LIVE, "expert": report_journal.ABSTAINED}),
-        ("trained pairs", {"set": LIVE, "fate": [report_journal.CHOSEN, report_journal.REJECTED]}),
+        ("answers in trained pairs", {"set": LIVE, "fate": [report_journal.CHOSEN, report_journal.REJECTED]}),
         ("failed in the last iteration", {"set": LIVE, "iteration": last, "critic": "fail"}),
         ("sealed: learnt", {"set": "sealed", "iteration": last, "fate": report_journal.IMPROVED}),
         ("sealed: unlearnt", {"set": "sealed", "iteration": last, "fate": report_journal.WORSENED}),

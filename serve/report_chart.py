@@ -300,9 +300,9 @@ def style(figure: go.Figure, *, height: int) -> None:
     )
     soft = {"size": 12, "color": SOFT}
     figure.update_xaxes(
-        automargin=True, gridcolor=GRID, zeroline=False, fixedrange=True, title={"standoff": 8, "font": soft}
+        automargin=True, gridcolor=GRID, zeroline=False, fixedrange=True, ticks="", title={"standoff": 8, "font": soft}
     )
-    figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False, fixedrange=True)
+    figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False, fixedrange=True, ticks="")
 
 
 def cycle(values: Sequence[str], num: int) -> list[str]:

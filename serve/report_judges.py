@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -92,7 +93,7 @@ def error_rates(rows: Sequence[IterationMetrics], *, recorded: bool) -> Chart:
     draw_line(figure, fails, colour=LEARNER, band=False, aside=aside, symbol="square")
     style_shares(figure, rows)
     highest = max((point.share.ci_high for point in [*passes, *fails]), default=0.1)
-    figure.update_yaxes(range=[0, min(1.03, 1.12 * highest)], dtick=None, nticks=6, tickformat=".0%")
+    figure.update_yaxes(range=[-0.04 * highest, min(1.03, 1.12 * highest)], dtick=None, nticks=6, tickformat=".0%")
     if highest < 0.05:
         figure.update_yaxes(tickformat=".1%")
     return Chart(
@@ -162,7 +163,10 @@ def calibration(rows: Sequence[IterationMetrics], sampled: Sequence[LiveAnswer])
         yaxis={"domain": [0.36, 1], "range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.25, "gridcolor": GRID},
         yaxis2={"domain": [0, 0.24], "type": "log", "gridcolor": GRID, "automargin": True, "fixedrange": True},
     )
-    figure.update_yaxes(nticks=3, exponentformat="none", selector={"type": "log"})
+    most = max(b.n for b in bins)
+    figure.update_yaxes(
+        range=[math.log10(0.6), math.log10(2 * most)], dtick=1, tickformat=",d", selector={"type": "log"}
+    )
     figure.update_yaxes(title={"text": "right", "standoff": 6, "font": {"size": 12, "color": SOFT}})
     figure.layout.yaxis2.title = {"text": "answers", "standoff": 6, "font": {"size": 12, "color": SOFT}}
     figure.update_xaxes(range=[-0.03, 1.03], dtick=0.25, title_text="P(good), in tenths", anchor="y2")

@@ -50,7 +50,7 @@ class Fact:
 def story(
     summary: Summary | None, rows: Sequence[IterationMetrics], journal: Journal, *, oversight: str | None
 ) -> list[str]:
-    """Return what happened, sentence by sentence; `oversight` is the kind that the config names, None when unknown."""
+    """Return what happened, by paragraph; `oversight` is the kind that the config names, None when unknown."""
     if summary is not None:
         said = [
             _gain_sentence(summary, num_iterations=len(rows)),
@@ -70,7 +70,8 @@ def story(
     control = CONTROLS.get(oversight or "")
     if control:
         said.append(f"This run is a control: {control}.")
-    return [*said, _judge_sentence(rows), _expert_sentence(rows, summary), _pairs_sentence(rows)]
+    judged = [_judge_sentence(rows), _expert_sentence(rows, summary), _pairs_sentence(rows)]
+    return [" ".join(said), " ".join(judged)]
 
 
 def _gain_sentence(summary: Summary, *, num_iterations: int) -> str:

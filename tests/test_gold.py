@@ -19,7 +19,6 @@ TRUTH = re.compile(r"\w*Checker|GoldLedger|checker_for|make_checker|load_domain"
 """Names by which code can come to truth."""
 MAY_NAME = {
     "actors/experts.py": {"Checker"},  # the simulated expert is given one
-    "serve/chat.py": {"load_domain"},  # throws its checker away, as is tested below
     "trainers/driver.py": {"GoldLedger", "checker_for"},
     "trainers/evaluation.py": {"LedgeredChecker"},
     "trainers/session.py": {"GoldLedger", "checker_for", "load_domain"},
@@ -187,8 +186,8 @@ def test_the_exceptions_are_all_in_use() -> None:
         ("trainers/driver.py", "kept = self._gold.checker_for(Purpose.EVALUATION)", 1),
         ("trainers/session.py", "SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=c)", 0),
         ("trainers/session.py", "domain, checker = load_domain(kind, config)", 0),
-        ("serve/chat.py", "domain, _ = load_domain(kind, config)", 0),
-        ("serve/chat.py", "domain, truth = load_domain(kind, config)", 1),
+        ("serve/chat.py", "domain = domain_called(kind, config)", 0),
+        ("serve/chat.py", "domain, truth = load_domain(kind, config)", 2),
         ("serve/report.py", "from actors.records import EvaluationAnswer", 0),
         ("serve/learner_app.py", "from actors.domains.arithmetic import make_checker", 1),
     ],

@@ -11,6 +11,7 @@ import pytest
 
 from serve.report import write_report
 from tests.synthetic_run import make_row, make_summary, write_journal, write_start
+from trainers.statistics import wilson
 from trainers.summary import append_metrics, write_summary
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install playwright")
@@ -174,26 +175,32 @@ def test_the_keyboard_alone_reaches_the_samples(watched: Watched, report: Path) 
 
 
 def test_no_script_but_the_pages_own_runs(watched: Watched, report: Path) -> None:
-    page = watched.open(report)
+    page, failed = watched.open(report), []
+    page.on("requestfailed", lambda request: failed.append((request.url, request.failure)))
     page.evaluate(
         "() => { const script = document.createElement('script'); script.textContent = 'window.owned = true';"
         " document.body.append(script); }"
     )
     assert page.evaluate("window.owned") is None
+    with pytest.raises(playwright.Error, match="TrustedHTML"):
+        page.evaluate("() => { document.body.innerHTML = '<b>markup</b>'; }")
     assert any("Content Security Policy" in line for line in watched.said)
     page.evaluate("() => { const image = new Image(); image.src = 'http://evil.test/x'; document.body.append(image); }")
-    assert watched.asked == [report.as_uri()]
+    page.wait_for_timeout(200)
+    assert failed == [("http://evil.test/x", "csp")]
 
 
 def test_without_scripts_the_figures_are_there_to_read(browser: Any, report: Path) -> None:
     context = browser.new_context(viewport={"width": 420, "height": 900}, java_script_enabled=False, offline=True)
     page = context.new_page()
     page.goto(report.as_uri())
-    text = page.locator("body").inner_text()
+    text = page.locator("body").inner_text().replace("\u00a0", " ")
     assert "rose from 40.0 % to 70.0 %" in text
     assert "The charts and the samples are drawn by scripts inside this file." in text
     assert page.locator("#figures-of-the-run table").first.is_visible()
     page.locator("#figure-learner summary").click()
-    assert "40.0 % 33.9 to 46.3, n = 240" in " ".join(page.locator("#figure-learner table").inner_text().split())
+    first = wilson(96, 240)
+    interval = f"{100 * first.ci_low:.1f} to {100 * first.ci_high:.1f}"
+    assert f"40.0 % {interval}, n = 240" in " ".join(page.locator("#figure-learner table").inner_text().split())
     assert page.locator("#units").is_hidden()
     context.close()

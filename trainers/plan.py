@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.domains import load_domain
+from actors.domains import domain_called
 from actors.engine_config import EngineConfig
 from cluster.machine import Gpu, Machine, gib, nearest_folder
 from cluster.ray_config import address_to_join
@@ -297,7 +297,7 @@ def _work(config: RunConfig) -> Work:
     critiques = responses * config.critic.judging.num_critiques
     asks = config.oversight.kind not in ("single", "majority")
     pairs = queries * min(config.preferences.max_pairs_per_query, samples // 2)
-    domain, _ = load_domain(config.domain.kind, config.domain)
+    domain = domain_called(config.domain.kind, config.domain)
     cells = len(domain.cells())
     return Work(
         iterations=config.loop.iterations,

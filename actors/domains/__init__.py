@@ -169,6 +169,16 @@ def query_text(query: str | Query) -> str:
     return query if isinstance(query, str) else query.messages[-1].content
 
 
+def domain_called(kind: str, config: Config) -> Domain:
+    """Return the domain called `kind`, a file of this package, without its checker.
+
+    Raises:
+        ValueError: there is no such domain.
+    """
+    domain: Domain = load_plugin(__name__, kind, where="domain.kind").make_domain(config)
+    return domain
+
+
 def load_domain(kind: str, config: Config) -> tuple[Domain, Checker]:
     """Return the domain called `kind`, a file of this package, and its checker, apart from it.
 
