@@ -27,6 +27,8 @@ SERIES = tuple(f"var(--series-{i})" for i in range(1, 9))
 HEAT = tuple((i / 4, f"var(--heat-{i})") for i in range(5))
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "triangle-down", "star", "x")
 HEIGHT = 290
+MANY = 12
+"""Iterations from which on points are drawn small and whiskers as bands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ class Key:
     name: str
     colour: str
     mark: str
-    """How it is drawn: "line", "ends", "bar", "dash" or "scale"."""
+    """How it is drawn: "line", "square", "ends", "bar", "dash" or "scale"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class Chart:
     """None when the run did not record what it shows; `caption` then says so."""
     keys: tuple[Key, ...] = ()
     table: Table | None = None
+    min_width: int = 0
+    """Pixels that it needs; in a narrower window it scrolls within its frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,7 @@ class Series:
 
 
 def graded_share(journal: Journal, name: str, iteration: int, *, truth: str) -> Share:
+    """Return the share of a set's answers, asked in one iteration, of which truth says so."""
     answers = journal.grades[name, iteration]
     return wilson(sum(answer.truth == truth for answer in answers), len(answers))
 
@@ -128,8 +133,10 @@ def draw_line(
     symbol: str = "circle",
 ) -> None:
     """Draw a line through points with its 95 % band, or with whiskers."""
-    x = [point.x + aside for point in points]
-    if band and len(points) > 1:
+    is_dense = len(points) > MANY + 1
+    has_band = (band or is_dense) and len(points) > 1
+    x = [point.x + (0 if is_dense else aside) for point in points]
+    if has_band:
         figure.add_scatter(
             x=x + x[::-1],
             y=[p.share.ci_high for p in points] + [p.share.ci_low for p in reversed(points)],
@@ -139,8 +146,8 @@ def draw_line(
             mode="lines",
             hoverinfo="skip",
         )
-    has_whiskers = not band or len(points) == 1
-    _draw_points(figure, points, x=x, colour=colour, symbol=symbol, dash="solid", has_whiskers=has_whiskers, size=7)
+    size = 4 if is_dense else 7
+    _draw_points(figure, points, x=x, colour=colour, symbol=symbol, dash="solid", has_whiskers=not has_band, size=size)
 
 
 def draw_ends(figure: go.Figure, points: Sequence[Point], *, colour: str, symbol: str, aside: float = 0.0) -> None:
@@ -182,6 +189,7 @@ def _hover(point: Point) -> str:
 
 
 def whiskers(shares: Sequence[Share], *, colour: str) -> dict[str, Any]:
+    """Return plotly's error bars of shares."""
     return {
         "type": "data",
         "symmetric": False,
@@ -220,6 +228,7 @@ def share_table(names: Sequence[str], series: Sequence[Sequence[Point]]) -> Tabl
 
 
 def style_shares(figure: go.Figure, rows: Sequence[IterationMetrics]) -> None:
+    """Give a figure of shares by iteration its axes."""
     style(figure, height=HEIGHT)
     style_iterations(figure, rows)
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], dtick=0.25)
@@ -281,11 +290,13 @@ def _written(value: float) -> str:
 
 
 def style_iterations(figure: go.Figure, rows: Sequence[IterationMetrics]) -> None:
-    ticks = {"dtick": 1} if len(rows) <= 12 else {"nticks": 10}
+    """Number the iterations along the bottom, as many as there is room for."""
+    ticks = {"dtick": 1} if len(rows) <= MANY else {"nticks": 10}
     figure.update_xaxes(title_text="iteration", tickformat="d", **ticks)
 
 
 def style(figure: go.Figure, *, height: int) -> None:
+    """Give a figure the report's fonts, colours and margins; its legend stands outside of it."""
     figure.update_layout(
         template="none",
         height=height,
@@ -306,9 +317,10 @@ def style(figure: go.Figure, *, height: int) -> None:
 
 
 def cycle(values: Sequence[str], num: int) -> list[str]:
+    """Return `num` values, from the beginning again when there are fewer."""
     return [values[i % len(values)] for i in range(num)]
 
 
 def plain(name: str) -> str:
-    # plotly reads <b>, <a> and more in its texts: a name is a plain word.
+    """Return a name for plotly's texts, in which <b>, <a> and more would be read as markup."""
     return html.escape(visible(name))

@@ -14,6 +14,7 @@ from serve.report_chart import (
     HEAT,
     HEIGHT,
     LEARNER,
+    MANY,
     OTHER,
     SERIES,
     SOFT,
@@ -176,22 +177,24 @@ def weakness_map(rows: Sequence[IterationMetrics]) -> Chart:
             z=shares,
             customdata=links,
             text=[["" if share is None else f"{100 * share:.0f}" for share in line] for line in shares],
-            texttemplate="%{text}" if len(iterations) <= 12 else None,
+            texttemplate="%{text}" if len(iterations) <= MANY else None,
             hovertext=hovers,
             hoverinfo="text",
             colorscale=HEAT,
             showscale=False,
             zmin=0,
             zmax=1,
-            xgap=2,
+            xgap=2 if len(iterations) <= MANY else 0.5,
             ygap=2,
         )
     )
     style(figure, height=70 + (27 if len(cells) <= _MOST_TALL_CELLS else 15) * max(len(cells), 2))
-    figure.update_xaxes(type="category", title_text="iteration", showgrid=False)
+    figure.update_xaxes(type="category", title_text="iteration", showgrid=False, tickangle=0, nticks=12)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, ticksuffix="  ")
+    longest = max((len(cell_name(facets)) for facets in cells), default=0)
     return Chart(
         key="weakness",
+        min_width=8 * longest + (26 if len(iterations) <= MANY else 12) * len(iterations),
         title="Weakness map",
         caption="Percentage of the sampled answers that the critic failed, kind of problem by iteration. Blank: the "
         "attacker asked nothing of that kind.",

@@ -18,6 +18,7 @@ from serve.report_chart import (
     HEIGHT,
     INK,
     LEARNER,
+    MANY,
     SOFT,
     Cell,
     Chart,
@@ -100,7 +101,7 @@ def error_rates(rows: Sequence[IterationMetrics], *, recorded: bool) -> Chart:
         key="errors",
         title="The critic's mistakes",
         caption="False pass: share of the wrong answers that it passed. False fail: share of the right answers that it "
-        "failed. Same sample; whiskers: 95 % intervals.",
+        "failed. Same sample, with 95 % intervals.",
         figure=figure,
         keys=(
             Key(name="false pass", colour=ATTACKER, mark="line"),
@@ -269,8 +270,9 @@ def experts(rows: Sequence[IterationMetrics], journal: Journal, *, budget: float
         figure.add_scatter(
             x=[row.iteration for row in rows],
             y=allowed,
-            mode="markers",
+            mode="markers" if len(rows) <= MANY else "lines",
             marker={"symbol": "line-ew", "size": 26, "line": {"color": INK, "width": 2}},
+            line={"color": INK, "width": 1.5, "shape": "hvh"},
             hovertext=[f"iteration {row.iteration}<br>budget: {num}" for row, num in zip(rows, allowed, strict=True)],
             hoverinfo="text",
             customdata=links,

@@ -59,8 +59,8 @@ def make_row(
         pairs_dropped={"all_pass": 20, "all_fail": 10 + iteration, "margin": 6},
         proposals={"accepted": 96, "invalid": 3},
         cells=(
-            CellCounts(facets=("+", "2", "1"), num_pass=30, num_fail=10),
-            CellCounts(facets=("-", "2", "0"), num_pass=0, num_fail=0),
+            CellCounts(facets=("+", "3", "2"), num_pass=30, num_fail=10),
+            CellCounts(facets=("-", "3", "1"), num_pass=0, num_fail=0),
         ),
         seconds={"queries": 2.5, "responses": 6.0, "training": 4.0},
         wall_s=14.5,
@@ -134,7 +134,7 @@ def write_journal(
     """
     queries, responses, critiques, verdicts, pairs, kept = [], [], [], [], [], []
     for number in range(num_queries):
-        query = _query(f"q{iteration}-{number}", question=question, iteration=iteration, carries=number % 3)
+        query = _query(f"q{iteration}-{number}", question=question, iteration=iteration, carries=2 - number % 3)
         queries.append(query)
         answers = [
             _response(f"{query.query_id}-r{i}", query.query_id, text=text, sample=i, version=f"v{iteration - 1}")
@@ -248,7 +248,7 @@ def _query(query_id: str, *, question: str, iteration: int, carries: int) -> Que
         query_id=query_id,
         messages=(Message(role="user", content=question),),
         domain="arithmetic",
-        facets=("+", "2", str(carries)),
+        facets=("+", "3", str(carries)),
         canonical=question,
         attack="quality_diversity",
         parent_id=None,

@@ -100,7 +100,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         input=json.dumps(WHOLE | KILLS | BROKEN),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -107,7 +107,7 @@ def test_a_click_on_a_point_opens_the_samples_behind_it(watched: Watched, report
         page.locator("#found")
         .inner_text()
         .startswith(
-            "live answers · iteration 2 · kind of problem: + · 2 · 1 · critic says: fail — 10 rows, all in this file"
+            "live answers · iteration 2 · kind of problem: + · 3 · 2 · critic says: fail — 10 rows, all in this file"
         )
     )
     assert page.evaluate("document.activeElement.id") == "found"
@@ -116,11 +116,13 @@ def test_a_click_on_a_point_opens_the_samples_behind_it(watched: Watched, report
     assert units.count() == 10
     first = units.first
     assert (
-        "iteration 2 · + · 2 · 1 · written by the attacker (quality diversity, v0) · train split" in first.inner_text()
+        "iteration 2 · + · 3 · 2 · written by the attacker (quality diversity, v0) · train split" in first.inner_text()
     )
     assert first.locator(".answer").count() == 1
     first.locator("summary").click()
-    assert first.locator(".answer").count() == 2, "the query's other answer"
+    # The query's other answer.
+    first.locator(".others .answer").wait_for()
+    assert first.locator(".answer").count() == 2
     page.locator("#back").click()
     assert page.evaluate("document.activeElement.id") == "figure-weakness"
     # A point of a curve.
@@ -178,13 +180,14 @@ def test_no_script_but_the_pages_own_runs(watched: Watched, report: Path) -> Non
     page, failed = watched.open(report), []
     page.on("requestfailed", lambda request: failed.append((request.url, request.failure)))
     page.evaluate(
-        "() => { const script = document.createElement('script'); script.textContent = 'window.owned = true';"
+        "() => { const script = document.createElement('script'); script.append('window.owned = true');"
         " document.body.append(script); }"
     )
     assert page.evaluate("window.owned") is None
+    # Markup that is not the page's own is refused before it could hold a script.
     with pytest.raises(playwright.Error, match="TrustedHTML"):
         page.evaluate("() => { document.body.innerHTML = '<b>markup</b>'; }")
-    assert any("Content Security Policy" in line for line in watched.said)
+    assert any("TrustedScript" in line for line in watched.said), watched.said
     page.evaluate("() => { const image = new Image(); image.src = 'http://evil.test/x'; document.body.append(image); }")
     page.wait_for_timeout(200)
     assert failed == [("http://evil.test/x", "csp")]
