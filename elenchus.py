@@ -434,7 +434,7 @@ def _print_summary(summary: Summary, *, report: Path) -> None:
     sealed, version = summary.sealed_accuracy, summary.policy_version
     print(f"✓ {version}: every replica's log-probs agree with the learner's to {summary.parity_max_abs_diff:.0e}")
     print(
-        f"Sealed problems: {sealed.before:.0%} → {sealed.after:.0%} "
+        f"Sealed problems: {sealed.before:.1%} → {sealed.after:.1%} "
         f"(gain {sealed.gain:+.1%}, 95 % CI {sealed.ci_low:+.1%} to {sealed.ci_high:+.1%}) · "
         f"experts asked {summary.experts.fraction:.1%} · report {report}"
     )

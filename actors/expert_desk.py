@@ -1,6 +1,7 @@
 """Owns the way from a doubtful verdict to an expert's label: ask through the durable queue, read what is answered.
 
-A simulated expert answers in the same iteration; people answer when they do, and their labels count from then on.
+A simulated expert answers in the same iteration. People may answer through the same queue; a label that comes after
+the iteration of its case is kept there, and no later iteration takes it up yet.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def words_of(arm: str, *, seed: int) -> list[str]:
             return [*words, "--bootstrap.steps", str(steps_of_equal_time(seed)), *NO_LOOP]
         case "distillation":
             model = str(directory / "distilled")
-            return [*words, "--learner.model", model, "--rollouts.engine.model", model, *NO_LOOP]
+            gold = ("--supervision.regime", "gold")
+            return [*words, "--learner.model", model, "--rollouts.engine.model", model, *gold, *NO_LOOP]
     raise ValueError(f"arm: got {arm!r}, wanted one of {', '.join(ARMS)}")
 
 
@@ -95,6 +96,13 @@ def run_arm(arm: str, *, seed: int) -> None:
         RuntimeError: it failed.
     """
     directory = EXPERIMENTS / str(seed)
+    # The main arm is cold, and the others stand on its base model: they go with it.
+    others = [other for other in ARMS if other != "main" and is_finished(other, seed=seed)]
+    if arm == "main" and others:
+        raise RuntimeError(
+            f"experiments: main of seed {seed} would begin anew under the finished arms {', '.join(others)}; "
+            f"move {directory} away"
+        )
     shutil.rmtree(directory if arm == "main" else directory / arm, ignore_errors=True)
     print(f"━━ seed {seed}, {arm}", flush=True)
     if arm == "distillation" and not (directory / "distilled" / "distillation.json").is_file():

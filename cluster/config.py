@@ -333,7 +333,7 @@ def _restored_plugin(package: str, name: str, values: dict[str, Any]) -> Config:
 
 def _lines_of(details: ErrorDetails, *, model: type[Config], settings: Settings) -> list[str]:
     """Return the lines that tell of one of pydantic's errors."""
-    path = _path_in_values(details["loc"], settings.values)
+    path = _path_in_values(details["loc"], settings.values, ends_in_tag=details["type"] == "value_error")
     if details["type"] == "value_error":
         messages = str(details["ctx"]["error"]).splitlines()
         # A section's own check names its field first, "dtype: got …": with the section that is the key.
@@ -432,14 +432,18 @@ def _models_of(here: Any) -> list[type[Config]]:
     return [model for part in inner if part is not here for model in _models_of(part)] if inner else []
 
 
-def _path_in_values(loc: Sequence[int | str], values: dict[str, Any]) -> Key:
-    """Return the key that a location of pydantic's means: without the tags of unions and the indices of lists."""
+def _path_in_values(loc: Sequence[int | str], values: dict[str, Any], *, ends_in_tag: bool = False) -> Key:
+    """Return the key that a location of pydantic's means: without the tags of unions and the indices of lists.
+
+    The last part may be a tag too where a section of a union complains of itself; else it is a key of the section.
+    """
     path: list[str] = []
     here: Any = values
+    last = len(loc) - (0 if ends_in_tag else 1)
     for position, part in enumerate(loc):
         if isinstance(part, int):
             break
-        if isinstance(here, dict) and part not in here and here.get("kind", part) == part and position < len(loc) - 1:
+        if isinstance(here, dict) and part not in here and here.get("kind", part) == part and position < last:
             continue
         path.append(part)
         here = here.get(part, {}) if isinstance(here, dict) else {}

@@ -68,6 +68,7 @@ object_store_gb = 0.2
 UNTRAINED = """
 [bootstrap]
 steps = 10
+num_chunks = 5
 """
 
 

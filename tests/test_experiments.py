@@ -94,7 +94,7 @@ def test_an_arm_is_a_config_that_the_command_line_takes(arm: str, experiments: P
         "majority": {"oversight"},
         # 2,400 steps in 200 s, and a loop of 100 s: 1,200 more.
         "more_bootstrap": {"bootstrap", "loop"},
-        "distillation": {"learner", "rollouts", "loop"},
+        "distillation": {"learner", "rollouts", "loop", "supervision"},
     }
     assert changed == wanted[arm]
     if arm == "more_bootstrap":
@@ -120,6 +120,12 @@ def test_the_tables_hold_every_arm_and_every_seed(experiments: Path) -> None:
     assert row.endswith("| 200 + 30 + 100 | 333 | 4.2 |")
     arms = [line.split(" | ")[0] for line in campaign.controls_table(results).splitlines()[2:]]
     assert arms == ["| main", "| shuffled", "| critic as a solver"]
+
+
+def test_a_main_run_is_not_begun_anew_under_finished_controls(experiments: Path) -> None:
+    with pytest.raises(RuntimeError, match="under the finished arms shuffled; move"):
+        campaign.run_arm("main", seed=SEED)
+    assert (experiments / str(SEED) / "shuffled" / "summary.json").is_file()
 
 
 def test_gold_solutions_are_right_answers_to_the_critics_own_problems() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.domains import Role
 from cluster.config import Config
@@ -73,6 +73,20 @@ class BootstrapConfig(Config):
     """Share of demonstrations of the learner's role; the critic's role has the rest."""
     num_chunks: int = Field(default=20, ge=1)
     """The data is made and handed over in this many pieces; one tick of the progress bar each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shares = self.attacker_share + self.learner_share
+        if shares > 1.0:
+            raise ValueError(
+                f"learner_share: got {self.learner_share:g} beside attacker_share = {self.attacker_share:g}, wanted "
+                f"together 1 at most, not {shares:g}: the critic's role has the rest"
+            )
+        if self.steps < self.num_chunks:
+            raise ValueError(
+                f"num_chunks: got {self.num_chunks}, wanted at most steps = {self.steps}: a piece has a step or more"
+            )
+        return self
 
 
 def cache_key(

@@ -21,14 +21,16 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.domains import Checker, Demonstration, Domain, Problem, Role
 from actors.records import Message, Split
 from cluster.config import Config as BaseConfig
 
-QUERY = re.compile(r"(\d{1,6})([+-])(\d{1,6})")
+MAX_DIGITS = 6
+QUERY = re.compile(rf"(\d{{1,{MAX_DIGITS}}})([+-])(\d{{1,{MAX_DIGITS}}})")
 ANSWER = re.compile(r"((?:\d[+-]\d[+-]\d=\d\d )+)(\d+)")
 FLAWS = (
     "carry_in",
@@ -94,6 +96,22 @@ class Config(BaseConfig):
     """Share of the critic's demonstrations whose answer carries a planted flaw."""
     instructions: bool = False
     """Explain each role's task and form in its prompt, with an example: for models that the bootstrap did not make."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        scopes = {"digits": self.digits, "out_of_distribution_digits": self.out_of_distribution_digits}
+        for key, digits in scopes.items():
+            if not digits or len(set(digits)) < len(digits) or not all(1 <= d <= MAX_DIGITS for d in digits):
+                raise ValueError(
+                    f"{key}: got {list(digits)}, wanted one or more different numbers of digits, each 1 to {MAX_DIGITS}"
+                )
+        both = sorted(set(self.digits) & set(self.out_of_distribution_digits))
+        if both:
+            raise ValueError(
+                f"out_of_distribution_digits: got {list(self.out_of_distribution_digits)}, wanted none of digits = "
+                f"{list(self.digits)}: {both[0]} digits would be trained on"
+            )
+        return self
 
 
 def canonical_form(left: int, op: str, right: int) -> str:
