@@ -100,11 +100,11 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ("[domain]\ndigits = [2, 4]\n",
          "a.toml:1: domain.out_of_distribution_digits: got [4], wanted none of digits = [2, 4]: "
          "4 digits would be trained on"),
-        ("[domain]\ndigits = [7]\n", "a.toml:2: domain.digits: got [7], wanted one or more different numbers of digits, "
-         "each 1 to 6"),
+        ("[domain]\ndigits = [7]\n",
+         "a.toml:2: domain.digits: got [7], wanted one or more different numbers of digits, each 1 to 6"),
         ("[bootstrap]\nlearner_share = 0.99\n",
-         "a.toml:2: bootstrap.learner_share: got 0.99 beside attacker_share = 0.05, wanted together 1 at most, not 1.04: "
-         "the critic's role has the rest"),
+         "a.toml:2: bootstrap.learner_share: got 0.99 beside attacker_share = 0.05, wanted together 1 at most, "
+         "not 1.04: the critic's role has the rest"),
         ("[bootstrap]\nsteps = 3\n",
          "a.toml:1: bootstrap.num_chunks: got 20, wanted at most steps = 3: a piece has a step or more"),
         ('[supervision]\nregime = "golden"\n', 'a.toml:2: supervision.regime: got "golden", wanted one of '
