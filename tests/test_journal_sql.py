@@ -81,7 +81,7 @@ def test_views_can_be_joined_and_lists_and_tables_opened(queries: JournalQueries
         from expert_labels l join responses r on l.item_id = r.response_id
         join queries q using (query_id) join critiques c on c.response_ids[1] = r.response_id
     """
-    assert rows_of(queries, sql) == [("0", "87+75", "7+5+0=12", "ada")]
+    assert rows_of(queries, sql) == [("2", "87+75", "7+5+0=12", "ada")]
 
 
 def test_metrics_have_a_row_for_each_iteration_and_maps_of_what_is_named(queries: JournalQueries) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cluster.weight_sync import iter_tensors
-from tests.tiny_models import write_gpt2, write_llama
+from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.logprobs import token_logprobs
 from trainers.losses import dpo, sft
 from trainers.training_group import (
@@ -109,6 +109,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
         "other": ModelSource(path=str(write_llama(root / "other", tied=True, seed=8))),
         "untied": ModelSource(path=str(write_llama(root / "untied", seed=3))),
         "gpt2": ModelSource(path=str(write_gpt2(root / "gpt2"))),
+        "qwen2": ModelSource(path=str(write_qwen2(root / "qwen2"))),
     }
 
 
@@ -295,9 +296,9 @@ def test_sft_starts_at_the_cross_entropy_of_the_whole_batch(
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_training_goes_on_from_a_checkpoint_bit_by_bit(
-    loop: Loop, pair: TrainingGroup, models: dict[str, ModelSource], tmp_path: Path, stage: Literal[0, 2]
+    loop: Loop, pair: TrainingGroup, models: dict[str, ModelSource], tmp_path: Path, stage: Literal[0, 1, 2, 3]
 ) -> None:
     config = settings(zero_stage=stage)
 
@@ -357,7 +358,7 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_read_and_the_group_lives_o
 # --------------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(("name", "stage"), [("tied", 3), ("untied", 3), ("gpt2", 0)])
+@pytest.mark.parametrize(("name", "stage"), [("tied", 3), ("untied", 3), ("gpt2", 0), ("qwen2", 0)])
 def test_an_export_loads_in_transformers_with_the_groups_log_probs(
     loop: Loop,
     pair: TrainingGroup,
@@ -385,7 +386,7 @@ def test_an_export_loads_in_transformers_with_the_groups_log_probs(
     parameters = dict(model.named_parameters())
     assert parameters.keys() == published.keys()
     assert difference({key: value.detach() for key, value in parameters.items()}, published) == 0.0
-    assert ("lm_head.weight" in published) == (name == "untied")
+    assert ("lm_head.weight" in published) == (name in ("untied", "qwen2"))
     source = AutoTokenizer.from_pretrained(models[name].path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer.chat_template == source.chat_template

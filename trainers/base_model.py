@@ -89,12 +89,16 @@ class BootstrapConfig(Config):
         return self
 
 
+TRAINING_KEYS = {"num_ranks", "zero_stage", "dtype", "micro_batch_tokens", "betas", "epsilon", "max_grad_norm"}
+"""What the bootstrap takes over from the learner's training that its weights depend on; the rest is its own."""
+
+
 def cache_key(
     config: BootstrapConfig, *, base_model: BaseModelConfig, domain: Config, training: TrainingConfig, seed: int
 ) -> str:
     """Return the name of the cached result: a hash of all that the result depends on."""
     sections = [section.model_dump(mode="json") for section in (config, base_model, domain)]
-    parts = [CACHE_FORMAT, *sections, training.num_ranks, seed]
+    parts = [CACHE_FORMAT, *sections, training.model_dump(mode="json", include=TRAINING_KEYS), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ is to judge, say) is masked. The result is cached by everything that it depends 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import random
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 
@@ -28,6 +30,9 @@ from trainers.progress import Progress
 from trainers.training_group import ModelSource, StepReport, TrainingConfig, TrainingGroup, TrainingPlan
 
 logger = logging.getLogger(__name__)
+
+LOCK_POLL_S = 0.5
+"""Between two looks whether another run has finished the same base model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +76,50 @@ async def bootstrap(
     cache_dir: Path,
     progress: Progress,
 ) -> BootstrapResult:
-    """Return the base model of a config and seed, trained now or found in the cache."""
+    """Return the base model of a config and seed, trained now or found in the cache.
+
+    Of several runs that want the same one, the first trains it and the others wait.
+    """
     key = cache_key(config, base_model=base_model, domain=domain_config, training=training, seed=seed)
     target = cache_dir / f"bootstrap-{key}"
-    if (target / "bootstrap.json").is_file():
-        gold = json.loads((target / "bootstrap.json").read_text())["gold"]
-        return BootstrapResult(model_dir=target, seconds=0.0, gold=gold, group=None)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / f".{target.name}.lock").open("w") as lock:
+        while not _locked(lock):
+            await asyncio.sleep(LOCK_POLL_S)
+        if (target / "bootstrap.json").is_file():
+            gold = json.loads((target / "bootstrap.json").read_text())["gold"]
+            return BootstrapResult(model_dir=target, seconds=0.0, gold=gold, group=None)
+        return await _train_base_model(
+            config,
+            base_model=base_model,
+            domain=domain,
+            training=training,
+            seed=seed,
+            target=target,
+            progress=progress,
+        )
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+async def _train_base_model(
+    config: BootstrapConfig,
+    *,
+    base_model: BaseModelConfig,
+    domain: Domain,
+    training: TrainingConfig,
+    seed: int,
+    target: Path,
+    progress: Progress,
+) -> BootstrapResult:
     begin = time.monotonic()
-    start_dir = cache_dir / f".{target.name}.start"
+    start_dir = target.parent / f".{target.name}.start"
     write_base_model(start_dir, base_model, seed=seed)
     group = TrainingGroup(
         name="learner_group",
@@ -96,7 +137,7 @@ async def bootstrap(
             seed=seed,
             progress=progress,
         )
-        building = cache_dir / f".{target.name}.building"
+        building = target.parent / f".{target.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         await group.export(building)
     except BaseException:
