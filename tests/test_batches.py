@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.batches import TrainingPlan, lay_out, pair_rows, sequence_rows, token_rows
+from trainers.batches import TrainingPlan, lay_out, micro_batches, pair_rows, sequence_rows, token_rows
 
 
 def pair_table(pairs: list[tuple[list[int], list[int], list[int]]], **columns: list[float]) -> pa.Table:
@@ -113,6 +113,57 @@ def test_typical_batches_compute_at_most_a_tenth_of_padding() -> None:
     layout = lay_out(range(96), lengths=lengths, num_ranks=2, micro_batch_tokens=4096)
     padded = sum(int(max(lengths[list(micro)])) * len(micro) for rank in layout for micro in rank if micro)
     assert lengths.sum() / padded >= 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------- passes
+
+
+def cut_pairs(num: int, *, chosen: int, rejected: int) -> pa.Table:
+    """Pairs whose sequences have so many tokens each, the prompt's two included."""
+    return pair_table([([1, 2], [3] * (chosen - 2), [4] * (rejected - 2)) for _ in range(num)])
+
+
+def test_pairs_with_short_rejected_responses_are_computed_in_two_passes() -> None:
+    # Together 8 x 40 = 320 tokens; apart 4 x 40 + 4 x 20 = 240: 80 saved, for one pass that costs 64.
+    rows = pair_rows(cut_pairs(4, chosen=40, rejected=20))
+    [[micro]] = micro_batches(rows, range(4), num_ranks=1, micro_batch_tokens=4096)
+    assert micro.num_passes == 2
+    padded = rows.pad(micro.rows, num_passes=2)
+    assert [(part.sequences.tolist(), part.length) for part in padded.passes] == [
+        ([0, 1, 2, 3], 40),
+        ([4, 5, 6, 7], 20),
+    ]
+    assert padded.num_padded_tokens == padded.num_real_tokens == 240
+    assert rows.pad(micro.rows).num_padded_tokens == 320
+
+
+def test_a_second_pass_that_saves_less_than_it_costs_is_not_made() -> None:
+    # 4 x 60 + 4 x 45: 60 saved.
+    rows = pair_rows(cut_pairs(4, chosen=60, rejected=45))
+    [[micro]] = micro_batches(rows, range(4), num_ranks=1, micro_batch_tokens=4096)
+    assert micro.num_passes == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=24),
+    num_ranks=st.integers(1, 3),
+    limit=st.integers(64, 2000),
+)
+def test_ranks_make_equally_many_passes_over_all_sequences(
+    lengths: list[tuple[int, int]], num_ranks: int, limit: int
+) -> None:
+    rows = pair_rows(pair_table([([1], [2] * a, [3] * b) for a, b in lengths]))
+    ranks = micro_batches(rows, range(len(lengths)), num_ranks=num_ranks, micro_batch_tokens=limit)
+    assert len({tuple(micro.num_passes for micro in rank) for rank in ranks}) == 1
+    for micro in (micro for rank in ranks for micro in rank):
+        padded = rows.pad(micro.rows, num_passes=micro.num_passes)
+        assert len(padded.passes) == micro.num_passes
+        taken = [sequence for part in padded.passes for sequence in part.sequences.tolist()]
+        assert sorted(taken) == list(range(len(padded.token_ids)))
+        for part in padded.passes:
+            assert not padded.mask[part.sequences, part.length :].any()
+        assert padded.num_real_tokens <= padded.num_padded_tokens <= rows.pad(micro.rows).num_padded_tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -1,6 +1,6 @@
 """Owns the way from Arrow tables to padded tensors: which rows make a step, and which rank takes which together.
 
-    table ──► rows (NumPy) ──► TrainingPlan: rows of each step ──► lay_out: rank, micro-batch ──► pad ──► tensors
+    table ──► rows (NumPy) ──► TrainingPlan: rows of each step ──► micro_batches: rank, micro-batch ──► pad ──► tensors
 
 Knows neither models nor DeepSpeed. Shapes: B rows, S sequences (B, or 2B for pairs), T positions. A row is one document
 or one preference pair.
@@ -29,7 +29,7 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 MICRO_BATCH_COST_TOKENS = 64
-"""What one more micro-batch costs, in tokens' worth of time: more of them mean less padding, but more calls."""
+"""What one more forward pass costs, in tokens' worth of time: more of them mean less padding, but more calls."""
 
 
 # ------------------------------------------------------------------------------------------------------------ plan
@@ -136,6 +136,30 @@ def lay_out(
     return tuple(_filled_up(micros, most) for micros in cut)
 
 
+class MicroBatch(NamedTuple):
+    """What one rank computes before one backward pass."""
+
+    rows: tuple[int, ...]
+    """None: padding that weighs nothing."""
+    num_passes: int
+    """Forward passes that its sequences are computed in, the long ones first; the same on every rank."""
+
+
+def micro_batches(
+    rows: Rows, chosen: Sequence[int], *, num_ranks: int, micro_batch_tokens: int
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Return each rank's micro-batches of some rows: `lay_out`, and in how many forward passes each is computed."""
+    layout = lay_out(
+        chosen,
+        lengths=rows.lengths,
+        num_ranks=num_ranks,
+        micro_batch_tokens=micro_batch_tokens,
+        sequences_per_row=rows.sequences_per_row,
+    )
+    num_passes = [rows.num_passes(micros) for micros in zip(*layout, strict=True)]
+    return tuple(tuple(map(MicroBatch, micros, num_passes)) for micros in layout)
+
+
 def _cut(rows: list[int], *, lengths: Ids, limit: int) -> list[tuple[int, ...]]:
     """Cut rows, longest first, into runs whose padded tokens and per-run cost are least (dynamic programming)."""
     sizes = lengths[rows]
@@ -173,6 +197,15 @@ def _filled_up(micros: list[tuple[int, ...]], count: int) -> MicroBatches:
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
+class Pass(NamedTuple):
+    """Sequences of like length that go through the model together."""
+
+    sequences: Tensor
+    """[P] int64: positions in the micro-batch."""
+    length: int
+    """Tokens of the longest."""
+
+
 class Padded(NamedTuple):
     """Sequences padded on the right."""
 
@@ -181,6 +214,13 @@ class Padded(NamedTuple):
     mask: Tensor
     """[S, T] bool: true on targets."""
     num_real_tokens: int
+    passes: tuple[Pass, ...]
+    """Every sequence is in one of them."""
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """Return the tokens that are computed, padding included; none for a dummy."""
+        return sum(len(part.sequences) * part.length for part in self.passes) if self.num_real_tokens else 0
 
 
 class Totals(NamedTuple):
@@ -212,9 +252,14 @@ class TokenRows:
             tokens=float((self.weights[chosen] * self.num_targets[chosen]).sum()),
         )
 
-    def pad(self, rows: Sequence[int]) -> Padded:
+    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
+        """Return 1: the layout has put like lengths together."""
+        return 1
+
+    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
         """Return [B, T] token ids and targets; without rows a dummy that has no target."""
-        return _pad([self.token_ids[row] for row in rows], [self.masks[row] for row in rows], num_sequences=1)
+        token_ids, masks = [self.token_ids[row] for row in rows], [self.masks[row] for row in rows]
+        return _pad(token_ids, masks, num_sequences=1, num_passes=num_passes)
 
     def batch(self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals) -> TokenBatch:
         """Return what a token loss takes, from the policy's [B, T] log-probs."""
@@ -253,11 +298,24 @@ class PairRows:
             tokens=float((self.weights[chosen] * self.chosen_lengths[chosen]).sum()),
         )
 
-    def pad(self, rows: Sequence[int]) -> Padded:
+    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
+        """Return in how many forward passes each rank computes its micro-batch: 2 where the padding saved is worth it.
+
+        A pair's responses differ in length, the more so where the rejected one is cut at its flaw, and both must be in
+        one micro-batch: so the long sequences of all its pairs go first, then the short ones.
+        """
+        saved = sum(_best_cut(_descending(self._sequences(micro)[0]))[1] for micro in micros)
+        return 2 if saved > MICRO_BATCH_COST_TOKENS * len(micros) else 1
+
+    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
         """Return [2B, T] token ids and targets, chosen block then rejected block; without rows a dummy."""
+        token_ids, masks = self._sequences(rows)
+        return _pad(token_ids, masks, num_sequences=2, num_passes=num_passes)
+
+    def _sequences(self, rows: Sequence[int]) -> tuple[list[Ids], list[npt.NDArray[np.bool_]]]:
         token_ids = [self.chosen[row] for row in rows] + [self.rejected[row] for row in rows]
         masks = [self.chosen_masks[row] for row in rows] + [self.rejected_masks[row] for row in rows]
-        return _pad(token_ids, masks, num_sequences=2)
+        return token_ids, masks
 
     def batch(
         self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
@@ -292,26 +350,27 @@ def token_rows(table: pa.Table) -> TokenRows:
     Raises:
         ValueError: a column is missing, a row has no target, a mask of another length, or a weight that is no weight.
     """
-    prompts, responses = _id_lists(table, "prompt_token_ids"), _id_lists(table, "response_token_ids")
-    token_ids = tuple(np.concatenate(pair) for pair in zip(prompts, responses, strict=True))
+    prompts, responses = _lists(table, "prompt_token_ids"), _lists(table, "response_token_ids")
+    joined = _joined(prompts, responses)
     if "loss_mask" in table.column_names:
-        masks = tuple(row.astype(np.bool_) for row in _lists(table, "loss_mask"))
+        masks = _lists(table, "loss_mask")
+        for row in np.flatnonzero(masks.lengths != joined.lengths):
+            raise ValueError(
+                f"row {row}: loss_mask has {masks.lengths[row]} entries, wanted one for each of "
+                f"{joined.lengths[row]} tokens"
+            )
+        targets = _Lists(values=masks.values.astype(np.bool_), lengths=masks.lengths)
     else:
-        masks = tuple(
-            np.arange(len(prompt) + len(response)) >= len(prompt)
-            for prompt, response in zip(prompts, responses, strict=True)
-        )
-    for row, (ids, mask) in enumerate(zip(token_ids, masks, strict=True)):
-        if len(ids) != len(mask):
-            raise ValueError(f"row {row}: loss_mask has {len(mask)} entries, wanted one for each of {len(ids)} tokens")
-    masks = tuple(np.concatenate([np.zeros(min(1, len(mask)), np.bool_), mask[1:]]) for mask in masks)
-    num_targets = np.array([int(mask.sum()) for mask in masks], dtype=np.int64)
+        targets = _responses_of(prompts, responses)
+    targets.values[targets.starts[targets.lengths > 0]] = False
+    mask_rows = targets.rows()
+    num_targets = np.array([np.count_nonzero(mask) for mask in mask_rows], dtype=np.int64)
     _refuse_rows(num_targets == 0, table, "no token to learn from; drop the row before training")
     return TokenRows(
-        token_ids=token_ids,
-        masks=masks,
+        token_ids=joined.rows(),
+        masks=mask_rows,
         weights=_numbers(table, "weight", default=1.0),
-        lengths=np.array([len(ids) for ids in token_ids], dtype=np.int64),
+        lengths=joined.lengths,
         num_targets=num_targets,
     )
 
@@ -322,24 +381,21 @@ def pair_rows(table: pa.Table) -> PairRows:
     Raises:
         ValueError: a column is missing, a prompt or response is empty, or a weight is no weight.
     """
-    prompts = _id_lists(table, "prompt_token_ids")
-    chosen, rejected = _id_lists(table, "chosen_token_ids"), _id_lists(table, "rejected_token_ids")
+    prompts = _lists(table, "prompt_token_ids")
+    chosen, rejected = _lists(table, "chosen_token_ids"), _lists(table, "rejected_token_ids")
     for name, lists in (("prompt", prompts), ("chosen", chosen), ("rejected", rejected)):
-        empty = np.array([len(ids) == 0 for ids in lists], dtype=np.bool_)
-        _refuse_rows(empty, table, f"an empty {name}; drop the pair before training")
-    long_chosen = tuple(np.concatenate(pair) for pair in zip(prompts, chosen, strict=True))
-    long_rejected = tuple(np.concatenate(pair) for pair in zip(prompts, rejected, strict=True))
+        _refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop the pair before training")
     return PairRows(
-        chosen=long_chosen,
-        rejected=long_rejected,
-        chosen_masks=tuple(np.arange(len(a)) >= len(p) for a, p in zip(long_chosen, prompts, strict=True)),
-        rejected_masks=tuple(np.arange(len(a)) >= len(p) for a, p in zip(long_rejected, prompts, strict=True)),
-        chosen_lengths=np.array([len(ids) for ids in chosen], dtype=np.int64),
-        rejected_lengths=np.array([len(ids) for ids in rejected], dtype=np.int64),
+        chosen=_joined(prompts, chosen).rows(),
+        rejected=_joined(prompts, rejected).rows(),
+        chosen_masks=_responses_of(prompts, chosen).rows(),
+        rejected_masks=_responses_of(prompts, rejected).rows(),
+        chosen_lengths=chosen.lengths,
+        rejected_lengths=rejected.lengths,
         weights=_numbers(table, "weight", default=1.0),
         noise=_numbers(table, "noise", default=0.0),
         margins=_numbers(table, "margin", default=0.0, least=-1.0),
-        lengths=np.maximum([len(ids) for ids in long_chosen], [len(ids) for ids in long_rejected]).astype(np.int64),
+        lengths=prompts.lengths + np.maximum(chosen.lengths, rejected.lengths),
     )
 
 
@@ -363,16 +419,46 @@ def sequence_rows(sequences: Iterable[Sequence[int]]) -> TokenRows:
     )
 
 
-def _pad(token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int) -> Padded:
+def _pad(token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int, num_passes: int) -> Padded:
     # A dummy has two positions, so that its log-probs hang on the weights and its (zero) gradient reaches all of them.
     shape = (len(token_ids) or num_sequences, max((len(ids) for ids in token_ids), default=2))
     padded, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
     for row, (ids, targets) in enumerate(zip(token_ids, masks, strict=True)):
         padded[row, : len(ids)] = ids
         mask[row, : len(ids)] = targets
+    lengths = np.array([len(ids) for ids in token_ids] or [shape[1]] * num_sequences)
     return Padded(
-        token_ids=torch.from_numpy(padded), mask=torch.from_numpy(mask), num_real_tokens=sum(map(len, token_ids))
+        token_ids=torch.from_numpy(padded),
+        mask=torch.from_numpy(mask),
+        num_real_tokens=sum(map(len, token_ids)),
+        passes=_passes(lengths, num_passes),
     )
+
+
+def _passes(lengths: Ids, num_passes: int) -> tuple[Pass, ...]:
+    """Return all sequences in one pass, or the long ones and the short ones in two."""
+    if num_passes == 1:
+        return (Pass(sequences=torch.arange(len(lengths)), length=int(lengths.max())),)
+    assert num_passes == 2, "a third pass saves little"
+    order = np.argsort(-lengths, kind="stable")
+    cut, _ = _best_cut(lengths[order])
+    return tuple(
+        Pass(sequences=torch.from_numpy(part), length=int(lengths[part[0]])) for part in (order[:cut], order[cut:])
+    )
+
+
+def _best_cut(lengths: Ids) -> tuple[int, int]:
+    """Return where to cut sequences, longest first, in two, and how many padded tokens that saves."""
+    if len(lengths) < 2:
+        return len(lengths), 0
+    cuts = np.arange(1, len(lengths))
+    saved = (lengths[0] - lengths[cuts]) * (len(lengths) - cuts)
+    best = int(np.argmax(saved))
+    return int(cuts[best]), int(saved[best])
+
+
+def _descending(token_ids: Sequence[Ids]) -> Ids:
+    return np.sort([len(ids) for ids in token_ids])[::-1].astype(np.int64)
 
 
 def _column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> Tensor:
@@ -381,19 +467,58 @@ def _column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> T
     return torch.from_numpy(np.asarray(picked, dtype=np.float64)).to(device=like.device, dtype=like.dtype)
 
 
-def _lists(table: pa.Table, name: str) -> list[npt.NDArray[Any]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lists:
+    """Lists of numbers, one behind the other in a single array."""
+
+    values: npt.NDArray[Any]
+    lengths: Ids
+
+    @property
+    def starts(self) -> Ids:
+        """Return where each list begins."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def rows(self) -> tuple[npt.NDArray[Any], ...]:
+        """Return each list as a view."""
+        ends = np.cumsum(self.lengths).tolist()
+        return tuple(self.values[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _joined(first: _Lists, second: _Lists) -> _Lists:
+    """Return each list of the one followed by the other's."""
+    lengths = first.lengths + second.lengths
+    values = np.empty(int(lengths.sum()), dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    values[_positions(starts, first.lengths)] = first.values
+    values[_positions(starts + first.lengths, second.lengths)] = second.values
+    return _Lists(values=values, lengths=lengths)
+
+
+def _responses_of(prompts: _Lists, responses: _Lists) -> _Lists:
+    """Return, for each prompt followed by its response, which tokens are the response's."""
+    lengths = prompts.lengths + responses.lengths
+    values = np.zeros(int(lengths.sum()), dtype=np.bool_)
+    values[_positions(np.cumsum(lengths) - responses.lengths, responses.lengths)] = True
+    return _Lists(values=values, lengths=lengths)
+
+
+def _positions(starts: Ids, lengths: Ids) -> Ids:
+    """Return start, start + 1, … of every list, one behind the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
+def _lists(table: pa.Table, name: str) -> _Lists:
     if name not in table.column_names:
         raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
     column: Any = table.column(name).combine_chunks()
     if column.null_count or column.flatten().null_count:
         raise ValueError(f"table: column {name!r} holds nulls, wanted lists of numbers")
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False))
-    return np.split(values, ends[:-1]) if len(ends) else []
-
-
-def _id_lists(table: pa.Table, name: str) -> list[Ids]:
-    return [row.astype(np.int64) for row in _lists(table, name)]
+    return _Lists(
+        values=column.flatten().to_numpy(zero_copy_only=False),
+        lengths=column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64),
+    )
 
 
 def _numbers(table: pa.Table, name: str, *, default: float, least: float = 0.0) -> Floats:

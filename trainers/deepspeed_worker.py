@@ -33,13 +33,14 @@ from cluster.config import Config
 from cluster.store import FileDigest, digest_file, sync_path, write_json_atomic
 from cluster.weight_sync import WeightManifest, put_weights
 from trainers.batches import (
+    MicroBatch,
     Padded,
     PairRows,
     Rows,
     TokenRows,
     Totals,
     TrainingPlan,
-    lay_out,
+    micro_batches,
     pair_rows,
     sequence_rows,
     token_rows,
@@ -276,8 +277,8 @@ class DeepSpeedRank:
         sums: dict[str, float] = {}
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
-            forward = self._forward(update.rows.pad(micro))
-            output = self._loss(update, micro, forward, totals)
+            forward = self._forward(update.rows.pad(micro.rows, num_passes=micro.num_passes))
+            output = self._loss(update, micro.rows, forward, totals)
             _add(sums, output, forward.padded)
             loss = output.loss
             if is_last:
@@ -311,20 +312,26 @@ class DeepSpeedRank:
         """Forget the update's rows."""
         self._update = None
 
-    def _micro_batches(self, rows: Rows, chosen: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        layout = lay_out(
-            chosen,
-            lengths=rows.lengths,
-            num_ranks=self._num_ranks,
-            micro_batch_tokens=self._config.micro_batch_tokens,
-            sequences_per_row=rows.sequences_per_row,
+    def _micro_batches(self, rows: Rows, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
+        layout = micro_batches(
+            rows, chosen, num_ranks=self._num_ranks, micro_batch_tokens=self._config.micro_batch_tokens
         )
         return layout[self._rank]
 
     def _forward(self, padded: Padded) -> _Forward:
         token_ids, mask = padded.token_ids.to(self._device), padded.mask.to(self._device)
-        logits = self._engine(input_ids=token_ids, use_cache=False).logits
-        return _Forward(logprobs=token_logprobs(logits, token_ids), mask=mask, padded=padded)
+        if len(padded.passes) == 1:
+            return _Forward(logprobs=self._token_logprobs(token_ids), mask=mask, padded=padded)
+        width = token_ids.shape[1]
+        parts = [
+            torch.nn.functional.pad(self._token_logprobs(token_ids[sequences, :length]), (0, width - length))
+            for sequences, length in padded.passes
+        ]
+        back = torch.argsort(torch.cat([part.sequences for part in padded.passes])).to(self._device)
+        return _Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded)
+
+    def _token_logprobs(self, token_ids: Tensor) -> Tensor:
+        return token_logprobs(self._engine(input_ids=token_ids, use_cache=False).logits, token_ids)
 
     def _loss(self, update: _Update, micro: tuple[int, ...], forward: _Forward, totals: Totals) -> LossOutput:
         rows, logprobs, mask = update.rows, forward.logprobs, forward.mask
@@ -393,7 +400,7 @@ class DeepSpeedRank:
         self._engine.eval()
         with torch.no_grad():
             for micro in self._micro_batches(rows, chosen):
-                yield micro, self._forward(rows.pad(micro))
+                yield micro.rows, self._forward(rows.pad(micro.rows, num_passes=micro.num_passes))
 
     def _reference(self, rows: Rows, plan: TrainingPlan) -> Tensor | None:
         """Return [rows, 2] fp32 sums by the weights as they are now, each row computed once over all ranks.
@@ -665,7 +672,7 @@ def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     scalars = {**output.metrics, "loss": output.loss.detach()}
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
     values["num_tokens"] = padded.num_real_tokens
-    values["num_padded_tokens"] = padded.token_ids.numel() if padded.num_real_tokens else 0
+    values["num_padded_tokens"] = padded.num_padded_tokens
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
 
