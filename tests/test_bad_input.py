@@ -477,11 +477,11 @@ def test_resuming_with_another_bootstrap_names_the_keys(capsys: pytest.CaptureFi
     config = run_in(Path("runs"))
     changed = config.model_dump(mode="json")
     changed["base_model"]["num_layers"] = 3
-    changed["bootstrap"]["steps"] = 10
+    changed["bootstrap"]["steps"] = 100
     (config.run_dir / "resolved.json").write_text(json.dumps(changed))
     assert said(capsys, "resume", "x") == [
         "runs/x: got another model than the run began with, base_model.num_layers (2 is now 3), bootstrap.steps (2400 "
-        "is now 10), wanted the same: put it back, or begin a new run by `elenchus run`"
+        "is now 100), wanted the same: put it back, or begin a new run by `elenchus run`"
     ]
 
 
