@@ -16,7 +16,7 @@ from actors.archive import Archive
 from actors.attacks import Attack, AttackPrompt, Outcome
 from actors.domains import Domain, Problem
 from actors.generation import Completion, GenerationRequest
-from actors.records import Proposal, Query, lineage_id
+from actors.records import Proposal, Query, draw_seed, lineage_id
 from cluster.config import Config
 
 if TYPE_CHECKING:
@@ -116,11 +116,10 @@ class Attacker:
 
         So an iteration that a kill cut off asks for the very proposals that it would have asked for.
         """
-        seed = self._seed * 1_000_003 + iteration * 10_007
         return [
             prompt
             for position in range(first, first + num)
-            for prompt in self._attack.propose(archive, 1, seed=seed + position)
+            for prompt in self._attack.propose(archive, 1, seed=draw_seed(self._seed, "targets", iteration, position))
         ]
 
     async def _write(
@@ -133,7 +132,7 @@ class Attacker:
                 messages=prompt.messages,
                 max_tokens=self._config.max_tokens,
                 temperature=self._config.temperature,
-                seed=self._seed * 7_919 + iteration * 1_000_003 + first + i,
+                seed=draw_seed(self._seed, "proposals", iteration, first + i),
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -157,6 +156,7 @@ class Attacker:
         assert proposal.query_id is not None, "only an accepted proposal is a query"
         return Query(
             query_id=proposal.query_id,
+            sample_index=proposal.sample_index,
             messages=self._domain.learner_messages(problem.text),
             domain=self._domain.name,
             facets=problem.facets,

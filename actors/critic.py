@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from actors.generation import Completion, GenerationRequest
-from actors.records import Critique, Query, Response, lineage_id
+from actors.records import Critique, Query, Response, draw_seed, lineage_id
 from actors.rubrics import Rubric
 from cluster.config import Config
 
@@ -50,7 +50,7 @@ class Critic:
     ) -> AsyncIterator[list[Critique]]:
         """Yield the critiques of responses as they are finished; ids in `known` are there already."""
         have = set(known)
-        asked: dict[str, tuple[Query, Response]] = {}
+        asked: dict[str, tuple[Query, Response, float]] = {}
         requests = []
         for query, response in items:
             messages = self._rubric.render(query, response)
@@ -64,19 +64,27 @@ class Critic:
                 )
                 if critique_id in have:
                     continue
-                asked[critique_id] = (query, response)
+                temperature = 0.0 if k == 0 else self._config.temperature
+                asked[critique_id] = (query, response, temperature)
                 requests.append(
                     GenerationRequest(
                         request_id=critique_id,
                         messages=messages,
                         max_tokens=self._config.max_tokens,
-                        temperature=0.0 if k == 0 else self._config.temperature,
-                        seed=None if k == 0 else (int(critique_id[:12], 16) + self._seed) % (1 << 48),
+                        temperature=temperature,
+                        seed=None if k == 0 else draw_seed(self._seed, "critiques", *_place(query, response), k),
                         labels=self._rubric.labels,
                     )
                 )
         async for chunk in self._pool.route(requests):
-            yield [
-                self._rubric.parse(completion.request_id, *asked[completion.request_id], completion)
-                for completion in chunk
-            ]
+            critiques = []
+            for completion in chunk:
+                query, response, temperature = asked[completion.request_id]
+                critiques.append(
+                    self._rubric.parse(completion.request_id, query, response, completion, temperature=temperature)
+                )
+            yield critiques
+
+
+def _place(query: Query, response: Response) -> tuple[int, int, int]:
+    return query.iteration, query.sample_index, response.sample_index

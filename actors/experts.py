@@ -8,7 +8,6 @@ Knows nothing of how items are chosen or of what labels are used for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from actors.domains import Checker
-from actors.records import ExpertLabel, LabelKind
+from actors.records import ExpertLabel, LabelKind, draw_seed
 from cluster.config import Config
 
 logger = logging.getLogger(__name__)
@@ -300,7 +299,7 @@ class SimulatedExpertConfig(Config):
     """An expert for demos and experiments, as good as the settings say (SCIENCE §4)."""
 
     error_rate: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of answers that are wrong; which ones depends on the seed and the item alone."""
+    """Share of answers that are wrong; which ones depends on the seed and on the texts asked about alone."""
     max_difficulty: float | None = None
     """Greatest difficulty, on the domain's scale, that the expert can judge; above it they abstain. None: no bound."""
     seconds: float = Field(default=0.0, ge=0.0)
@@ -325,7 +324,7 @@ class SimulatedExpert:
         return num_counted
 
     def label(self, item: ExpertItem) -> ExpertLabel:
-        """Return this expert's label of an item; the same item gets the same label in every run of the same seed."""
+        """Return this expert's label of an item; the same texts get the same label in every run of the same seed."""
         limit = self._config.max_difficulty
         label = None
         if limit is None or self._checker.difficulty(item.query) <= limit:
@@ -346,12 +345,11 @@ class SimulatedExpert:
             truth = "pass" if right[0] else "fail"
         else:
             truth = "tie" if right[0] == right[1] else "A" if right[0] else "B"
-        if self._draw(item.item_id, "error") >= self._config.error_rate:
+        if self._draw(item, "error") >= self._config.error_rate:
             return truth
         wrong = [choice for choice in LABELS[LabelKind(item.kind)] if choice != truth]
-        return wrong[int(self._draw(item.item_id, "choice") * len(wrong))]
+        return wrong[int(self._draw(item, "choice") * len(wrong))]
 
-    def _draw(self, item_id: str, what: str) -> float:
-        """Return a number in [0, 1) that depends on the seed, the item and what it decides."""
-        digest = hashlib.sha256(f"{self._config.seed}\x1f{item_id}\x1f{what}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / (1 << 64)
+    def _draw(self, item: ExpertItem, what: str) -> float:
+        """Return a number in [0, 1) that depends on the seed, on what is asked and on what the number decides."""
+        return draw_seed(self._config.seed, what, item.query, *item.responses) / (1 << 48)

@@ -1,23 +1,24 @@
 """Owns how critiques become verdicts, and which few cases go to experts.
 
 The critic decides; the least trusted verdicts are put before experts, within their budget; an expert's label
-overrides the critic's. Truth is not known here. The controls of the loop (SCIENCE §5) are other oversights: verdicts
+overrides the critic's. Equal answers to a query are one question: it is asked once, costs once, and the label holds for
+all of them. Truth is not known here. The controls of the loop (SCIENCE §5) are other oversights: verdicts
 permuted, experts alone, the majority of the answers.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pydantic import Field
 
 from actors.domains import Domain
-from actors.records import Critique, ExpertLabel, Query, Response, Verdict, lineage_id
+from actors.records import Critique, ExpertLabel, Query, Response, Verdict, draw_seed, lineage_id
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
 
@@ -33,7 +34,7 @@ class OversightConfig(Config):
     verdicts permuted within each query; experts_only, the budget spent on whole queries drawn at random, no verdict of
     the critic's; majority, an answer passes when most answers to its query state the same result."""
     budget: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Greatest share of verdicts that experts are asked for."""
+    """Greatest share of the critic's verdicts that experts are asked about; an answer that many gave is asked once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,34 +68,36 @@ class Escalation:
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the critic's verdicts, with the experts' labels in the place of the least trusted ones."""
         verdicts = [critic_verdict(item) for item in judged]
-        trusted = sorted(
-            (i for i, verdict in enumerate(verdicts) if verdict.label is not None),
-            key=lambda i: (verdicts[i].confidence or 0.0, verdicts[i].verdict_id),
-        )
-        asked = trusted[:num_allowed]
-        labels = ask([judged[i] for i in asked]) if asked else {}
-        for i in asked:
-            label = labels.get(judged[i].response.response_id)
-            verdicts[i] = _with_expert(verdicts[i], label)
-        return verdicts
+        doubts: list[tuple[float, list[int]]] = []
+        for places in _copies(judged, range(len(judged))):
+            confidences = [verdicts[i].confidence for i in places]
+            known = [confidence for confidence in confidences if confidence is not None]
+            if known:
+                doubts.append((min(known), places))
+        # Stable: equals stay in the order of their queries and samples.
+        doubts.sort(key=lambda doubt: doubt[0])
+        return _with_experts(verdicts, judged, [places for _, places in doubts[:num_allowed]], ask)
 
 
 class ExpertsOnly:
     """A control: experts alone decide, on all responses of queries drawn at random while the budget lasts."""
 
+    def __init__(self, *, seed: int = 0) -> None:
+        self._seed = seed
+
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the experts' verdicts; what they were not asked is unjudged."""
-        by_query = _places_by_query(judged)
-        drawn: list[int] = []
-        for query_id in sorted(by_query, key=lambda q: hashlib.sha256(f"experts_only/{q}".encode()).digest()):
-            if len(drawn) + len(by_query[query_id]) > num_allowed:
+        queries = sorted(
+            _places_by_query(judged).values(),
+            key=lambda places: draw_seed(self._seed, "experts_only", *_place(judged[places[0]])[:2]),
+        )
+        drawn: list[list[int]] = []
+        for places in queries:
+            copies = _copies(judged, places)
+            if len(drawn) + len(copies) > num_allowed:
                 break
-            drawn += by_query[query_id]
-        labels = ask([judged[i] for i in drawn]) if drawn else {}
-        verdicts = [_unjudged(item) for item in judged]
-        for i in drawn:
-            verdicts[i] = _with_expert(verdicts[i], labels.get(judged[i].response.response_id))
-        return verdicts
+            drawn += copies
+        return _with_experts([_unjudged(item) for item in judged], judged, drawn, ask)
 
 
 class Majority:
@@ -135,16 +138,17 @@ class Majority:
 class Shuffled:
     """A control: verdicts of another oversight, permuted within each query, the flaws they quote along with them."""
 
-    def __init__(self, inner: Oversight) -> None:
+    def __init__(self, inner: Oversight, *, seed: int = 0) -> None:
         self._inner = inner
+        self._seed = seed
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the inner verdicts with all that they say permuted within each query."""
         verdicts = self._inner.decide(judged, ask, num_allowed=num_allowed)
         shuffled = list(verdicts)
-        for query_id, places in _places_by_query(judged).items():
+        for places in _places_by_query(judged).values():
             sources = list(places)
-            random.Random(f"shuffled/{query_id}").shuffle(sources)
+            random.Random(draw_seed(self._seed, "shuffled", *_place(judged[places[0]])[:2])).shuffle(sources)
             for place, source in zip(places, sources, strict=True):
                 taken = verdicts[source]
                 shuffled[place] = replace(
@@ -159,7 +163,7 @@ class Shuffled:
         return shuffled
 
 
-def make_oversight(config: OversightConfig, *, domain: Domain) -> Oversight:
+def make_oversight(config: OversightConfig, *, domain: Domain, seed: int) -> Oversight:
     """Return the oversight that a config names; the domain says what result an answer states, never which is right."""
     match config.kind:
         case "escalation":
@@ -167,9 +171,9 @@ def make_oversight(config: OversightConfig, *, domain: Domain) -> Oversight:
         case "single":
             return Single()
         case "shuffled":
-            return Shuffled(Escalation())
+            return Shuffled(Escalation(), seed=seed)
         case "experts_only":
-            return ExpertsOnly()
+            return ExpertsOnly(seed=seed)
         case "majority":
             return Majority(domain)
 
@@ -180,7 +184,7 @@ def critic_verdict(item: Judged) -> Verdict:
     No readable critique means no verdict: the label is None.
     """
     scores = [critique.score for critique in item.critiques if critique.score is not None]
-    score = sum(scores) / len(scores) if scores else None
+    score = math.fsum(scores) / len(scores) if scores else None
     if score is None:
         return _unjudged(item)
     quoted = [critique.issues[0].end for critique in item.critiques if critique.parse_ok and critique.issues]
@@ -189,7 +193,7 @@ def critic_verdict(item: Judged) -> Verdict:
         label=PASS if score >= 0.5 else FAIL,
         score=score,
         confidence=max(score, 1.0 - score),
-        flaw_end=quoted[0] if quoted else None,
+        flaw_end=min(quoted, default=None),
     )
 
 
@@ -209,21 +213,43 @@ def _unjudged(item: Judged) -> Verdict:
     )
 
 
+def _place(item: Judged) -> tuple[int, int, int]:
+    """Return where a response stands in the run, whatever the run's name and the order of arrival."""
+    return item.query.iteration, item.query.sample_index, item.response.sample_index
+
+
 def _places_by_query(judged: Sequence[Judged]) -> dict[str, list[int]]:
+    """Return the positions of each query's responses, queries and responses in the order in which they were sampled."""
     places: defaultdict[str, list[int]] = defaultdict(list)
-    for i, item in enumerate(judged):
-        places[item.query.query_id].append(i)
+    for i in sorted(range(len(judged)), key=lambda i: _place(judged[i])):
+        places[judged[i].query.query_id].append(i)
     return dict(places)
 
 
-def _with_expert(verdict: Verdict, label: ExpertLabel | None) -> Verdict:
-    if label is None or label.label is None:
-        return replace(verdict, escalated=True)
-    return replace(
-        verdict,
-        label=label.label,
-        score=1.0 if label.label == PASS else 0.0,
-        confidence=1.0,
-        source="expert",
-        escalated=True,
-    )
+def _copies(judged: Sequence[Judged], among: Iterable[int]) -> list[list[int]]:
+    """Return the positions of equal answers to one query, together; the first of each stands for the others."""
+    copies: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for i in sorted(among, key=lambda i: _place(judged[i])):
+        copies[judged[i].query.query_id, judged[i].response.text].append(i)
+    return list(copies.values())
+
+
+def _with_experts(
+    verdicts: Sequence[Verdict], judged: Sequence[Judged], asked: Sequence[Sequence[int]], ask: AskExperts
+) -> list[Verdict]:
+    """Return verdicts with the experts' labels in their places; of equal answers the first is asked about."""
+    decided = list(verdicts)
+    labels = ask([judged[places[0]] for places in asked]) if asked else {}
+    for places in asked:
+        label = labels.get(judged[places[0]].response.response_id)
+        decided[places[0]] = replace(decided[places[0]], escalated=True)
+        if label is not None and label.label is not None:
+            for i in places:
+                decided[i] = replace(
+                    decided[i],
+                    label=label.label,
+                    score=1.0 if label.label == PASS else 0.0,
+                    confidence=1.0,
+                    source="expert",
+                )
+    return decided

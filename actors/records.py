@@ -40,6 +40,8 @@ class Query:
     """What the attacker asks of the learner."""
 
     query_id: str
+    sample_index: int
+    """Position of its proposal in the iteration's sequence, from 0."""
     messages: tuple[Message, ...]
     domain: str
     facets: tuple[str, ...]
@@ -137,6 +139,7 @@ class Verdict:
     source: str
     """"critic" or "expert"; "majority" in that control; "checker" only under the gold regime."""
     escalated: bool
+    """Experts were asked about this response; an equal answer to the same query shares their label unasked."""
     flaw_end: int | None
     """Characters of the response up to the end of the first flaw that the critique quotes; None when it quotes none."""
 
@@ -222,6 +225,18 @@ def lineage_id(
     """
     parts = "\x1f".join([run, str(iteration), stage, *parents, str(sample_index), str(order)])
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def draw_seed(seed: int, *coordinates: int | str) -> int:
+    """Return the 48-bit seed of one random draw, by the run's seed and what is drawn, never by the run's name.
+
+    Two runs of one seed draw alike, so a control differs from the run it stands beside by what it controls alone.
+
+    >>> draw_seed(1, "responses", 3, 0) == draw_seed(1, "responses", 0, 3)
+    False
+    """
+    parts = "\x1f".join(map(str, (seed, *coordinates)))
+    return int(hashlib.sha256(parts.encode()).hexdigest()[:12], 16)
 
 
 def arrow_type(annotation: object) -> tuple[pa.DataType, bool]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from actors.generation import Completion, GenerationRequest
-from actors.records import Message, Query, Response, lineage_id
+from actors.records import Message, Query, Response, draw_seed, lineage_id
 from cluster.config import Config
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class Rollout:
                 messages=query.messages,
                 max_tokens=self._config.max_tokens,
                 temperature=self._config.temperature,
-                seed=(int(response_id[:12], 16) + self._seed) % (1 << 48),
+                seed=draw_seed(self._seed, "responses", query.iteration, query.sample_index, i),
             )
-            for response_id, (query, _) in asked.items()
+            for response_id, (query, i) in asked.items()
         ]
         async for chunk in self._pool.route(requests):
             yield [_response(completion, *asked[completion.request_id]) for completion in chunk]

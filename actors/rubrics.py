@@ -26,9 +26,20 @@ class Rubric(Protocol):
         """Return the critic's prompt."""
         ...
 
-    def parse(self, critique_id: str, query: Query, response: Response, completion: Completion) -> Critique:
-        """Return the critique that a completion says."""
+    def parse(
+        self, critique_id: str, query: Query, response: Response, completion: Completion, *, temperature: float
+    ) -> Critique:
+        """Return the critique that a completion says, which was sampled at a temperature (0: greedy)."""
         ...
+
+
+_PART = re.compile(r"([^?yn]*)\?([^?yn]*)([yn])")
+"""A quoted part, the same recomputed, its mark."""
+
+
+def recomputed_parts(text: str) -> tuple[str, ...]:
+    """Return what a critique in step marks recomputed, part by part: the answer that the critic would have given."""
+    return tuple(match[2] for match in _PART.finditer(text))
 
 
 class StepMarks:
@@ -41,7 +52,6 @@ class StepMarks:
     """
 
     labels: tuple[str, ...] = ("y", "n", "P", "F")
-    _part = re.compile(r"([^?yn]*)\?([^?yn]*)([yn])")
 
     def __init__(self, domain: Domain, *, version: str = "v0") -> None:
         self._domain = domain
@@ -51,11 +61,13 @@ class StepMarks:
         """Return the critic's prompt for one response."""
         return self._domain.critic_messages(query.messages[-1].content, response.text)
 
-    def parse(self, critique_id: str, query: Query, response: Response, completion: Completion) -> Critique:
+    def parse(
+        self, critique_id: str, query: Query, response: Response, completion: Completion, *, temperature: float
+    ) -> Critique:
         """Return the critique that a completion says; a quote that is not in the response drops its issue."""
         text = completion.text
         parts, end = [], 0
-        for match in self._part.finditer(text):
+        for match in _PART.finditer(text):
             if match.start() != end:
                 break
             parts.append((match[1], match[2], match[3]))
@@ -85,7 +97,7 @@ class StepMarks:
         whole = verified and cursor == len(response.text)
         consistent = label is not None and bool(parts) and (whole if label == PASS else True)
         consistent = consistent and marked_bad == (label == FAIL)
-        scores = self._good_logprobs(completion)
+        scores = self._good_logprobs(completion, temperature=temperature)
         readable = consistent and len(scores) == len(parts) + 1 and completion.finish_reason == "stop"
         return Critique(
             critique_id=critique_id,
@@ -104,12 +116,17 @@ class StepMarks:
             cost_tokens=len(completion.token_ids),
         )
 
-    def _good_logprobs(self, completion: Completion) -> tuple[float, ...]:
-        """Return log P(correct) in nats at each mark, normalised over the mark's two labels."""
+    def _good_logprobs(self, completion: Completion, *, temperature: float) -> tuple[float, ...]:
+        """Return log P(correct) in nats at each mark, normalised over the mark's two labels.
+
+        Log-probs come from the sampling distribution: sampled at a temperature they are the model's own divided by it,
+        up to a constant, which the normalisation takes away.
+        """
+        scale = temperature or 1.0
         scores = []
         for (_, label), logprobs in zip(completion.label_marks, completion.label_logprobs, strict=True):
             pair = self.labels.index(label) // 2 * 2
-            good, bad = logprobs[pair], logprobs[pair + 1]
+            good, bad = scale * logprobs[pair], scale * logprobs[pair + 1]
             top = max(good, bad)
             scores.append(good - top - math.log(math.exp(good - top) + math.exp(bad - top)))
         return tuple(scores)

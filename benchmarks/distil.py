@@ -17,9 +17,10 @@ from actors.domains import Demonstration, Domain, GoldLedger, LedgeredChecker, P
 from cluster.log import start_log
 from cluster.ray_runtime import start_ray
 from serve.console import RunConsole
-from trainers.bootstrap import BootstrapConfig, bootstrap, bootstrap_training, demonstration_mix, train_on
+from trainers.bootstrap import BootstrapConfig, bootstrap_training, demonstration_mix, train_on
 from trainers.progress import Progress
 from trainers.run_config import RunConfig, load_run_config
+from trainers.session import base_model
 from trainers.training_group import ModelSource, TrainingGroup
 
 
@@ -27,16 +28,8 @@ async def write_baseline(config: RunConfig, *, target: Path, progress: Progress)
     """Fine-tune and export; return the number of gold solutions."""
     domain, checker = load_domain(config.domain.kind, config.domain)
     gold = GoldLedger(checker, regime=config.supervision.regime)
-    base = await bootstrap(
-        config.bootstrap,
-        base_model=config.base_model,
-        domain=domain,
-        domain_config=config.domain,
-        training=config.learner.training,
-        seed=config.seed,
-        cache_dir=config.runs_dir / ".cache",
-        progress=progress,
-    )
+    base = await base_model(config, domain=domain, progress=progress)
+    assert base is not None, "the demo's learner is bootstrapped"
     if base.group is not None:
         await base.group.shutdown()
     rows = gold_solutions(domain, gold.checker_for(Purpose.SUPERVISION), config.bootstrap, seed=config.seed)
@@ -86,8 +79,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--runs-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("settings", nargs="*", help="the main run's own settings, key=value")
     said = parser.parse_args()
-    flags = [("seed", str(said.seed)), ("runs_dir", str(said.runs_dir)), ("supervision.regime", "gold")]
+    pairs = [setting.partition("=")[::2] for setting in said.settings]
+    flags = [("seed", str(said.seed)), ("runs_dir", str(said.runs_dir)), ("supervision.regime", "gold"), *pairs]
     config = load_run_config([], flags=flags)
     start_log(said.runs_dir / "distil.log", console_level=None)
     runtime = start_ray(config.ray)

@@ -1,7 +1,7 @@
 """Runs the loop and its controls over seeds named beforehand, and prints docs/experiments.md's tables as Markdown.
 
-    .venv/bin/python -m benchmarks.experiments --seeds 21 22 23 24 25
-    .venv/bin/python -m benchmarks.experiments --seeds 21 22 23 --arms main shuffled
+    .venv/bin/python -m benchmarks.experiments --seeds 31 32 33 34 35
+    .venv/bin/python -m benchmarks.experiments --seeds 31 32 33 --arms main shuffled
 
 Every seed has a directory, runs/experiments/SEED, with a run for each arm and one cached base model. The main arm
 runs cold: its directory is emptied first. A finished arm is not run again unless --fresh says so; --table prints what
@@ -14,6 +14,11 @@ Arms (SCIENCE §5):
     majority        (c) the majority's result for right
     more_bootstrap  (d) no loop: the bootstrap goes on for as many steps as the loop's wall-clock time allows
     distillation    gold: the learner fine-tuned on a right answer to every problem of the critic's bootstrap
+    critic_solver   no training: what the critic recomputes in its critiques, taken for an answer
+
+With --recipe honest_teacher the learner's teacher forgets nothing and shows few hard problems: a start that luck
+decides, but one from which a majority and more of the same demonstrations could win. Its runs are in
+runs/experiments/honest_teacher/SEED.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.records import EvaluationAnswer, from_table
@@ -33,8 +39,13 @@ from cluster.store import read_stage
 from trainers.run_config import RunConfig
 from trainers.statistics import paired_gain
 
-ARMS = ("main", "shuffled", "experts_only", "majority", "more_bootstrap", "distillation")
+ARMS = ("main", "shuffled", "experts_only", "majority", "more_bootstrap", "distillation", "critic_solver")
 EXPERIMENTS = ROOT / "runs" / "experiments"
+RECIPES: Mapping[str, Mapping[str, str]] = {
+    "demo": {},
+    "honest_teacher": {"domain.hard_share": "0.005", "domain.forget_rate": "0.0"},
+}
+"""What a recipe changes of the demo's settings, in every arm."""
 NO_LOOP = ("--loop.iterations", "0")
 
 
@@ -57,116 +68,138 @@ class Result:
     n: int
     well_formed: float
     attack_success_before: float
-    attack_success: float
-    out_of_distribution: float
+    attack_success: float | None
+    """None for the critic as a solver, which is asked about sealed problems alone; so is the next."""
+    out_of_distribution: float | None
     summary: Mapping[str, Any]
     sitting: Mapping[str, float] | None
     """Exit code, seconds and peak GB, where the arm was measured cold."""
 
 
-def words_of(arm: str, *, seed: int) -> list[str]:
-    """Return the command line of an arm's run."""
-    directory = EXPERIMENTS / str(seed)
-    words = ["elenchus.py", "run", "--name", arm, "--seed", str(seed), f"runs_dir={directory}"]
-    match arm:
-        case "main":
-            return words
-        case "shuffled" | "experts_only" | "majority":
-            return [*words, "--oversight.kind", arm]
-        case "more_bootstrap":
-            return [*words, "--bootstrap.steps", str(steps_of_equal_time(seed)), *NO_LOOP]
-        case "distillation":
-            model = str(directory / "distilled")
-            gold = ("--supervision.regime", "gold")
-            return [*words, "--learner.model", model, "--rollouts.engine.model", model, *gold, *NO_LOOP]
-    raise ValueError(f"arm: got {arm!r}, wanted one of {', '.join(ARMS)}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Campaign:
+    """The runs of one recipe: where they are, how an arm is run, what came of it."""
 
+    recipe: str = "demo"
 
-def steps_of_equal_time(seed: int) -> int:
-    """Return the bootstrap's steps plus as many as the main run's loop would have had time for."""
-    wall = summary_of("main", seed=seed)["wall_s"]
-    steps = RunConfig().bootstrap.steps
-    return steps + round(steps * wall["iterations"] / wall["bootstrap"])
+    def directory(self, seed: int) -> Path:
+        """Return where a seed's runs are."""
+        return (EXPERIMENTS if self.recipe == "demo" else EXPERIMENTS / self.recipe) / str(seed)
 
+    def words_of(self, arm: str, *, seed: int) -> list[str]:
+        """Return the command line of an arm."""
+        directory = self.directory(seed)
+        settings = [f"{key}={value}" for key, value in RECIPES[self.recipe].items()]
+        if arm == "critic_solver":
+            return ["-m", "benchmarks.critic_solver", "--seed", str(seed), "--runs-dir", str(directory), *settings]
+        words = ["elenchus.py", "run", "--name", arm, "--seed", str(seed), f"runs_dir={directory}", *settings]
+        match arm:
+            case "main":
+                return words
+            case "shuffled" | "experts_only" | "majority":
+                return [*words, "--oversight.kind", arm]
+            case "more_bootstrap":
+                return [*words, "--bootstrap.steps", str(self.steps_of_equal_time(seed)), *NO_LOOP]
+            case "distillation":
+                model = str(directory / "distilled")
+                gold = ("--supervision.regime", "gold")
+                return [*words, "--learner.model", model, "--rollouts.engine.model", model, *gold, *NO_LOOP]
+        raise ValueError(f"arm: got {arm!r}, wanted one of {', '.join(ARMS)}")
 
-def run_arm(arm: str, *, seed: int) -> None:
-    """Run one arm of one seed.
+    def steps_of_equal_time(self, seed: int) -> int:
+        """Return the bootstrap's steps plus as many as the main run's loop would have had time for."""
+        wall = self.summary_of("main", seed=seed)["wall_s"]
+        steps = RunConfig().bootstrap.steps
+        return steps + round(steps * wall["iterations"] / wall["bootstrap"])
 
-    Raises:
-        RuntimeError: it failed.
-    """
-    directory = EXPERIMENTS / str(seed)
-    # The main arm is cold, and the others stand on its base model: they go with it.
-    others = [other for other in ARMS if other != "main" and is_finished(other, seed=seed)]
-    if arm == "main" and others:
-        raise RuntimeError(
-            f"experiments: main of seed {seed} would begin anew under the finished arms {', '.join(others)}; "
-            f"move {directory} away"
+    def run_arm(self, arm: str, *, seed: int) -> None:
+        """Run one arm of one seed.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        directory = self.directory(seed)
+        # The main arm is cold, and the others stand on its base model: they go with it.
+        others = [other for other in ARMS if other != "main" and self.is_finished(other, seed=seed)]
+        if arm == "main" and others:
+            raise RuntimeError(
+                f"experiments: main of seed {seed} would begin anew under the finished arms {', '.join(others)}; "
+                f"move {directory} away"
+            )
+        shutil.rmtree(directory if arm == "main" else directory / arm, ignore_errors=True)
+        print(f"━━ seed {seed}, {arm}", flush=True)
+        if arm == "distillation" and not (directory / "distilled" / "distillation.json").is_file():
+            settings = [f"{key}={value}" for key, value in RECIPES[self.recipe].items()]
+            words = ["-m", "benchmarks.distil", "--seed", str(seed), "--runs-dir", str(directory), *settings]
+            _check(run_measured([*words, "--out", str(directory / "distilled")]).exit_code, arm=arm, seed=seed)
+        sitting = run_measured(self.words_of(arm, seed=seed))
+        _check(sitting.exit_code, arm=arm, seed=seed)
+        if arm != "critic_solver":
+            (directory / arm / "sitting.json").write_text(json.dumps(asdict(sitting)))
+
+    def is_finished(self, arm: str, *, seed: int) -> bool:
+        """Whether an arm has what the tables read of it."""
+        directory = self.directory(seed)
+        return (directory / ("critic_solver.json" if arm == "critic_solver" else f"{arm}/summary.json")).is_file()
+
+    def summary_of(self, arm: str, *, seed: int) -> dict[str, Any]:
+        """Return an arm's summary.json."""
+        found: dict[str, Any] = json.loads((self.directory(seed) / arm / "summary.json").read_text())
+        return found
+
+    def sealed_answers(self, arm: str, *, seed: int, at_the_end: bool) -> list[bool]:
+        """Return which sealed problems an arm solves, in the order of the set."""
+        if arm == "critic_solver":
+            return list(self._solved(seed)["correct"])
+        iteration = int(self.summary_of(arm, seed=seed)["policy_version"].removeprefix("v")) if at_the_end else 0
+        table = read_stage(self.directory(seed) / arm, "evaluations", iteration=iteration)
+        rows = [row for row in from_table(table, EvaluationAnswer) if row.set_name == "sealed"]
+        return [row.correct for row in sorted(rows, key=lambda row: row.item)]
+
+    def result_of(self, arm: str, *, seed: int) -> Result:
+        """Return an arm's figures, all against the main run's start and end."""
+        gain = paired_gain(
+            self.sealed_answers("main", seed=seed, at_the_end=False),
+            self.sealed_answers(arm, seed=seed, at_the_end=True),
         )
-    shutil.rmtree(directory if arm == "main" else directory / arm, ignore_errors=True)
-    print(f"━━ seed {seed}, {arm}", flush=True)
-    if arm == "distillation" and not (directory / "distilled" / "distillation.json").is_file():
-        words = ["-m", "benchmarks.distil", "--seed", str(seed), "--runs-dir", str(directory)]
-        _check(run_measured([*words, "--out", str(directory / "distilled")]).exit_code, arm=arm, seed=seed)
-    sitting = run_measured(words_of(arm, seed=seed))
-    _check(sitting.exit_code, arm=arm, seed=seed)
-    (directory / arm / "sitting.json").write_text(json.dumps(asdict(sitting)))
+        behind = None
+        if arm != "main":
+            behind = paired_gain(
+                self.sealed_answers(arm, seed=seed, at_the_end=True),
+                self.sealed_answers("main", seed=seed, at_the_end=True),
+            )
+        solver = arm == "critic_solver"
+        summary = {} if solver else self.summary_of(arm, seed=seed)
+        form = self._solved(seed)["well_formed"] if solver else []
+        sitting = self.directory(seed) / arm / "sitting.json"
+        return Result(
+            arm=arm,
+            seed=seed,
+            before=gain.before,
+            after=gain.after,
+            gain=gain.gain,
+            ci_low=gain.ci_low,
+            ci_high=gain.ci_high,
+            behind_main=None if behind is None else behind.gain,
+            behind_ci_low=None if behind is None else behind.ci_low,
+            behind_ci_high=None if behind is None else behind.ci_high,
+            n=gain.n,
+            well_formed=sum(form) / len(form) if solver else summary["well_formed"]["after"],
+            attack_success_before=self.summary_of("main", seed=seed)["attack_success"]["before"],
+            attack_success=None if solver else summary["attack_success"]["after"],
+            out_of_distribution=None if solver else summary["ood_accuracy"]["after"],
+            summary=summary,
+            sitting=json.loads(sitting.read_text()) if sitting.is_file() else None,
+        )
+
+    def _solved(self, seed: int) -> dict[str, list[bool]]:
+        found: dict[str, list[bool]] = json.loads((self.directory(seed) / "critic_solver.json").read_text())
+        return found
 
 
 def _check(exit_code: int, *, arm: str, seed: int) -> None:
     if exit_code != 0:
         raise RuntimeError(f"experiments: {arm} of seed {seed} ended with exit code {exit_code}, wanted 0")
-
-
-# -------------------------------------------------------------------------------------------------------------- read
-
-
-def summary_of(arm: str, *, seed: int) -> dict[str, Any]:
-    """Return an arm's summary.json."""
-    found: dict[str, Any] = json.loads((EXPERIMENTS / str(seed) / arm / "summary.json").read_text())
-    return found
-
-
-def is_finished(arm: str, *, seed: int) -> bool:
-    """Whether an arm has its summary."""
-    return (EXPERIMENTS / str(seed) / arm / "summary.json").is_file()
-
-
-def sealed_answers(arm: str, *, seed: int, at_the_end: bool) -> list[bool]:
-    """Return which sealed problems an arm solves, in the order of the set."""
-    iteration = int(summary_of(arm, seed=seed)["policy_version"].removeprefix("v")) if at_the_end else 0
-    table = read_stage(EXPERIMENTS / str(seed) / arm, "evaluations", iteration=iteration)
-    rows = [row for row in from_table(table, EvaluationAnswer) if row.set_name == "sealed"]
-    return [row.correct for row in sorted(rows, key=lambda row: row.item)]
-
-
-def result_of(arm: str, *, seed: int) -> Result:
-    """Return an arm's figures, all against the main run's start and end."""
-    summary = summary_of(arm, seed=seed)
-    begin = sealed_answers("main", seed=seed, at_the_end=False)
-    end = sealed_answers(arm, seed=seed, at_the_end=True)
-    gain = paired_gain(begin, end)
-    behind = None if arm == "main" else paired_gain(end, sealed_answers("main", seed=seed, at_the_end=True))
-    sitting = EXPERIMENTS / str(seed) / arm / "sitting.json"
-    return Result(
-        arm=arm,
-        seed=seed,
-        before=gain.before,
-        after=gain.after,
-        gain=gain.gain,
-        ci_low=gain.ci_low,
-        ci_high=gain.ci_high,
-        behind_main=None if behind is None else behind.gain,
-        behind_ci_low=None if behind is None else behind.ci_low,
-        behind_ci_high=None if behind is None else behind.ci_high,
-        n=gain.n,
-        well_formed=summary["well_formed"]["after"],
-        attack_success_before=summary_of("main", seed=seed)["attack_success"]["before"],
-        attack_success=summary["attack_success"]["after"],
-        out_of_distribution=summary["ood_accuracy"]["after"],
-        summary=summary,
-        sitting=json.loads(sitting.read_text()) if sitting.is_file() else None,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- print
@@ -199,7 +232,7 @@ def _main_row(result: Result) -> tuple[str, ...]:
         f"{result.before:.3f} → {result.after:.3f}",
         _points(result.gain, result.ci_low, result.ci_high),
         f"{form['before']:.3f} → {form['after']:.3f}",
-        f"{result.attack_success_before:.3f} → {result.attack_success:.3f}",
+        f"{result.attack_success_before:.3f} → {summary['attack_success']['after']:.3f}",
         f"{ood['before']:.3f} → {ood['after']:.3f}",
         f"{summary['critic_agreement']['lowest']:.3f}",
         f"{100 * summary['experts']['fraction']:.1f} %",
@@ -228,7 +261,6 @@ def controls_table(results: Sequence[Result]) -> str:
         mine = [result for result in results if result.arm == arm]
         if mine:
             rows.append(_control_row(arm, mine))
-    rows.append(_solver_row([result for result in results if result.arm == "main"]))
     return _table(head, rows)
 
 
@@ -239,6 +271,7 @@ LABELS = {
     "majority": "majority of 8",
     "more_bootstrap": "none (bootstrap)",
     "distillation": "gold",
+    "critic_solver": "–",
 }
 
 
@@ -260,24 +293,14 @@ def _control_row(arm: str, mine: Sequence[Result]) -> tuple[str, ...]:
         if behind
         else "–",
         f"{min(r.well_formed for r in mine):.3f}",
-        f"{statistics.median(r.attack_success for r in mine):.3f}",
-        f"{statistics.median(r.out_of_distribution for r in mine):.3f}",
+        _median([r.attack_success for r in mine]),
+        _median([r.out_of_distribution for r in mine]),
     )
 
 
-def _solver_row(mains: Sequence[Result]) -> tuple[str, ...]:
-    """Return the critic's weights as a solver: one base model serves all roles, so they are the learner's start."""
-    return (
-        "critic as a solver",
-        "–",
-        f"{statistics.median(r.before for r in mains):.3f}",
-        ", ".join(f"{r.before:.3f}" for r in mains),
-        "0 by construction",
-        _points(statistics.median(r.gain for r in mains), min(r.ci_low for r in mains), max(r.ci_high for r in mains)),
-        f"{min(r.summary['well_formed']['before'] for r in mains):.3f}",
-        f"{statistics.median(r.attack_success_before for r in mains):.3f}",
-        f"{statistics.median(r.summary['ood_accuracy']['before'] for r in mains):.3f}",
-    )
+def _median(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.3f}" if known else "–"
 
 
 def _points(value: float, low: float, high: float) -> str:
@@ -296,13 +319,17 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--fresh", action="store_true", help="run finished arms again")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="demo", help="what the learner starts from")
     said = parser.parse_args()
+    campaign = Campaign(recipe=said.recipe)
     plan = [(arm, seed) for arm in ARMS if arm in said.arms for seed in said.seeds]
     for arm, seed in plan:
-        if not said.table and (said.fresh or not is_finished(arm, seed=seed)):
-            run_arm(arm, seed=seed)
-    results = [result_of(arm, seed=seed) for arm, seed in plan if is_finished(arm, seed=seed)]
-    (EXPERIMENTS / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
+        if not said.table and (said.fresh or not campaign.is_finished(arm, seed=seed)):
+            campaign.run_arm(arm, seed=seed)
+    results = [campaign.result_of(arm, seed=seed) for arm, seed in plan if campaign.is_finished(arm, seed=seed)]
+    (EXPERIMENTS / f"results_{said.recipe}.json").write_text(
+        json.dumps([asdict(result) for result in results], indent=1)
+    )
     print(main_table(results), controls_table(results), sep="\n\n")
     return 0
 

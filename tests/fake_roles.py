@@ -430,7 +430,7 @@ class Settings:
     num_samples: int = 4
     attack_set: int = 6
     agreement_sample: int = 30
-    batch_size: int = 4
+    batch_size: int = 2
     epochs: int = 2
     oversight: str = "escalation"
     budget: float = 0.05
@@ -519,7 +519,7 @@ def fake_run(
                 run=RUN,
                 seed=3,
             ),
-            oversight=make_oversight(OversightConfig(kind=settings.oversight), domain=DOMAIN),  # type: ignore[arg-type]
+            oversight=make_oversight(OversightConfig(kind=settings.oversight), domain=DOMAIN, seed=3),  # type: ignore[arg-type]
             experts=desk,
             learner_group=group,  # type: ignore[arg-type]
             pools={"attacker": attacker, "rollouts": rollouts, "critic": critic},  # type: ignore[dict-item]

@@ -7,8 +7,10 @@ from actors.records import Critique, Message, Query, Response, Verdict
 
 
 def make_query(query_id: str = "q", *, text: str = "47+86", facets: tuple[str, ...] = ("+", "2", "2")) -> Query:
+    """Return a query; the digits at the end of its id are its place among others."""
     return Query(
         query_id=query_id,
+        sample_index=_number(query_id),
         messages=(Message(role="user", content=text),),
         domain="arithmetic",
         facets=facets,
@@ -59,11 +61,12 @@ def make_critique(
     )
 
 
-def make_judged(response_id: str, *scores: float | None, query_id: str = "q") -> Judged:
-    """Return a response with one critique for each P(good)."""
+def make_judged(response_id: str, *scores: float | None, query_id: str = "q", text: str | None = None) -> Judged:
+    """Return a response with one critique for each P(good); without a text it has one of its own."""
+    text = f"the answer {response_id}" if text is None else text
     return Judged(
         query=make_query(query_id),
-        response=make_response(response_id, query_id=query_id),
+        response=make_response(response_id, query_id=query_id, text=text, sample_index=_number(response_id)),
         critiques=tuple(
             make_critique(f"{response_id}/{k}", response_id=response_id, query_id=query_id, score=score)
             for k, score in enumerate(scores)
@@ -91,3 +94,8 @@ def make_verdict(
         escalated=source == "expert",
         flaw_end=flaw_end,
     )
+
+
+def _number(name: str) -> int:
+    digits = name[len(name.rstrip("0123456789")) :]
+    return int(digits) if digits else 0

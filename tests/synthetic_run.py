@@ -246,6 +246,7 @@ def _pair(query: Query, chosen: Response, rejected: Response) -> PreferencePair:
 def _query(query_id: str, *, question: str, iteration: int, carries: int) -> Query:
     return Query(
         query_id=query_id,
+        sample_index=int(query_id.rsplit("-", 1)[-1]),
         messages=(Message(role="user", content=question),),
         domain="arithmetic",
         facets=("+", "3", str(carries)),

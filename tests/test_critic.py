@@ -32,7 +32,7 @@ FLAWED = "7+6+0=13 4+8+0=12 123"
 def read(text: str, *, answer: str = RIGHT, said: Completion | None = None) -> Critique:
     """Return what the rubric reads when the critic says `text` of an answer to 47+86."""
     completion = said if said is not None else spoken(text, labels=RUBRIC.labels)
-    return RUBRIC.parse("c", make_query(text="47+86"), make_response(text=answer), completion)
+    return RUBRIC.parse("c", make_query(text="47+86"), make_response(text=answer), completion, temperature=0.0)
 
 
 def assert_missing(critique: Critique) -> None:
@@ -95,7 +95,11 @@ def test_the_demonstrated_critic_can_be_read_and_is_right(cell: tuple[str, ...],
     answer = write_flawed_answer(left, op, right, rng=rng) if flawed else write_answer(left, op, right)
     text = write_critique(left, op, right, answer)
     critique = RUBRIC.parse(
-        "c", make_query(text=problem.text), make_response(text=answer), spoken(text, labels=RUBRIC.labels)
+        "c",
+        make_query(text=problem.text),
+        make_response(text=answer),
+        spoken(text, labels=RUBRIC.labels),
+        temperature=0.0,
     )
     assert_sound(critique, answer=answer)
     assert critique.parse_ok
@@ -110,7 +114,11 @@ def test_every_demonstration_of_the_critic_can_be_read() -> None:
         rubric_sees = RUBRIC.render(make_query(text=query), make_response(text=answer))
         assert rubric_sees == row.messages
         critique = RUBRIC.parse(
-            "c", make_query(text=query), make_response(text=answer), spoken(row.response, labels=RUBRIC.labels)
+            "c",
+            make_query(text=query),
+            make_response(text=answer),
+            spoken(row.response, labels=RUBRIC.labels),
+            temperature=0.0,
         )
         assert critique.parse_ok, row
 
@@ -327,7 +335,7 @@ def critic_over(pool: FakePool, **settings: float) -> Critic:
 
 
 ITEMS = [
-    (make_query(text="47+86"), make_response(f"r{i}", text=text))
+    (make_query(text="47+86"), make_response(f"r{i}", text=text, sample_index=i))
     for i, text in enumerate([RIGHT, FLAWED, RIGHT, FLAWED])
 ]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from actors.records import PreferencePair, Proposal, Query, Response, Verdict, f
 from cluster.store import last_commit, read_stage
 from tests.fake_roles import DOMAIN, RUN, FakeCritic, FakeRun, Settings, fake_run, pass_by, write_blank_run
 from trainers.driver import Stopped
-from trainers.loop_state import STAGES
+from trainers.loop_state import STAGES, Rollouts
 from trainers.progress import StopSignal
 from trainers.summary import read_metrics
 from trainers.training_group import TrainingPlan
@@ -140,8 +141,13 @@ def planned_slots(run: Path, *, settings: Settings, seed: int = 3) -> list[list[
     """Return (row id, epoch, step) of all slots that the committed pairs of a run call for, in their order."""
     slots: list[list[Any]] = []
     for iteration in range(1, settings.iterations + 1):
+        rollouts = Rollouts.of(
+            {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")}
+        )
+        pairs = records(run, "pairs", iteration=iteration)
         plan = TrainingPlan.of(
-            [pair.pair_id for pair in records(run, "pairs", iteration=iteration)],
+            [pair.pair_id for pair in pairs],
+            keys=[rollouts.place(pair) for pair in pairs],
             batch_size=settings.batch_size,
             epochs=settings.epochs,
             seed=seed * 1_000 + iteration,
@@ -458,9 +464,17 @@ def test_a_control_trains_on_its_own_labels_alone(oversight: str, blank: Path, t
         # What the critic quotes is no label of theirs: rejected answers stay whole.
         responses = {r.response_id: r for r in records(tmp_path / RUN, "responses", iteration=iteration)}
         assert all(pair.rejected_token_ids == responses[pair.rejected_id].token_ids for pair in pairs)
+        if oversight == "experts_only":
+            # An answer that several samples gave is asked about once, and its label holds for all of them.
+            texts = {(v.query_id, responses[v.response_id].text) for v in judged}
+            assert len(texts) == sum(v.escalated for v in judged) < len(judged)
     asked = [row.experts_asked for row in read_metrics(tmp_path / RUN)]
-    # A quarter of 40 verdicts allows two queries of four, then three: the rest is carried over.
-    assert asked == ([8, 12] if oversight == "experts_only" else [0, 0])
+    # A quarter of 40 verdicts; what a whole query did not fit into is carried over.
+    if oversight == "experts_only":
+        assert 6 < asked[0] <= 10
+        assert 16 < sum(asked) <= 20
+    else:
+        assert asked == [0, 0]
 
 
 def test_a_run_of_no_iteration_evaluates_the_learner_as_it_is(blank: Path, tmp_path: Path) -> None:
@@ -495,7 +509,10 @@ def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blan
     for row in read_metrics(tmp_path / RUN):
         verdicts = records(tmp_path / RUN, "verdicts", iteration=row.iteration)
         num_missing = sum(verdict.label is None for verdict in verdicts)
-        assert 0 < num_missing == row.pairs_dropped["unjudged"] < len(verdicts) == row.num_verdicts
+        assert 0 < num_missing == row.pairs_dropped["unjudged"] < len(verdicts)
+        # The experts' budget is a share of what the critic judged; equal answers may share an expert's label.
+        readable = sum(c.parse_ok for c in records(tmp_path / RUN, "critiques", iteration=row.iteration))
+        assert row.num_verdicts == readable <= len(verdicts) - num_missing
         judged = sum(cell.num_pass + cell.num_fail for cell in row.cells)
         assert judged == len(verdicts) - num_missing
 
@@ -524,9 +541,13 @@ def test_the_sittings_of_a_run_add_up_their_seconds(blank: Path, tmp_path: Path)
     )
     with pytest.raises(Stopped):
         run.finish()
-    first = run.driver.iterations_s
+    first = run.driver.state.wall_s
+    begin = time.monotonic()
     again = fake_run(tmp_path / RUN, Settings())
     again.finish()
-    assert again.driver.state.iterations_s == pytest.approx(first + again.driver.iterations_s)
-    assert first > 0
-    assert again.driver.iterations_s > 0
+    second = time.monotonic() - begin
+    total = again.driver.state.wall_s
+    assert set(first) == set(total) == {"bootstrap", "start", "iterations"}
+    assert 0 < first["iterations"] < total["iterations"]
+    assert 0 < first["start"] < total["start"]
+    assert sum(first.values()) < sum(total.values()) <= sum(first.values()) + second

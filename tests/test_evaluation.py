@@ -125,6 +125,7 @@ def test_agreement_is_balanced_accuracy_by_hand() -> None:
         truth=(True, True, True, True, False, False),
         passed=(True, True, True, False, False, True),
         scores=(0.9, 0.8, 0.7, 0.2, 0.1, 0.6),
+        items=tuple(("q", text) for text in "abcdef"),
         num_unjudged=3,
     )
     found = agreement_of(live)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-import benchmarks.experiments as campaign
+import benchmarks.experiments as experiments_module
 import elenchus
 from actors.domains import GoldLedger, Purpose, load_domain
 from actors.records import EvaluationAnswer, Split, to_table
@@ -21,6 +21,7 @@ from trainers.run_config import RunConfig, load_run_config
 from trainers.statistics import paired_gain
 
 SEED = 21
+CAMPAIGN = experiments_module.Campaign()
 MAIN_BEFORE = [True] * 3 + [False] * 7
 MAIN_AFTER = [True] * 9 + [False]
 SHUFFLED_AFTER = [False] + [True] * 3 + [False] * 6
@@ -71,15 +72,15 @@ def sealed_rows(correct: Sequence[bool], *, iteration: int) -> pa.Table:
 
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(campaign, "EXPERIMENTS", tmp_path)
+    monkeypatch.setattr(experiments_module, "EXPERIMENTS", tmp_path)
     write_run(tmp_path / str(SEED) / "main", before=MAIN_BEFORE, after=MAIN_AFTER)
     write_run(tmp_path / str(SEED) / "shuffled", before=MAIN_BEFORE, after=SHUFFLED_AFTER)
     return tmp_path
 
 
-@pytest.mark.parametrize("arm", campaign.ARMS)
+@pytest.mark.parametrize("arm", [arm for arm in experiments_module.ARMS if arm != "critic_solver"])
 def test_an_arm_is_a_config_that_the_command_line_takes(arm: str, experiments: Path) -> None:
-    program, *words = campaign.words_of(arm, seed=SEED)
+    program, *words = CAMPAIGN.words_of(arm, seed=SEED)
     assert program == "elenchus.py"
     command, flags = elenchus.parse(words)
     assert isinstance(command, elenchus.Run)
@@ -102,9 +103,9 @@ def test_an_arm_is_a_config_that_the_command_line_takes(arm: str, experiments: P
 
 
 def test_an_arms_figures_are_paired_with_the_main_runs(experiments: Path) -> None:
-    main = campaign.result_of("main", seed=SEED)
+    main = CAMPAIGN.result_of("main", seed=SEED)
     assert (main.before, main.after, main.gain, main.behind_main) == (0.3, 0.9, pytest.approx(0.6), None)
-    shuffled = campaign.result_of("shuffled", seed=SEED)
+    shuffled = CAMPAIGN.result_of("shuffled", seed=SEED)
     # Three of ten before and after, but not the same three: one lost, one won.
     gain = paired_gain(MAIN_BEFORE, SHUFFLED_AFTER)
     assert (gain.num_improved, gain.num_worsened) == (1, 1)
@@ -114,17 +115,33 @@ def test_an_arms_figures_are_paired_with_the_main_runs(experiments: Path) -> Non
 
 
 def test_the_tables_hold_every_arm_and_every_seed(experiments: Path) -> None:
-    results = [campaign.result_of(arm, seed=SEED) for arm in ("main", "shuffled")]
-    (row,) = campaign.main_table(results).splitlines()[2:]
+    solved = {"correct": [True] * 8 + [False] * 2, "well_formed": [True] * 10}
+    (experiments / str(SEED) / "critic_solver.json").write_text(json.dumps(solved))
+    results = [CAMPAIGN.result_of(arm, seed=SEED) for arm in ("main", "shuffled", "critic_solver")]
+    (row,) = experiments_module.main_table(results).splitlines()[2:]
     assert row.startswith("| 21 | 0.300 → 0.900 | +60.0 (")
     assert row.endswith("| 200 + 30 + 100 | 333 | 4.2 |")
-    arms = [line.split(" | ")[0] for line in campaign.controls_table(results).splitlines()[2:]]
-    assert arms == ["| main", "| shuffled", "| critic as a solver"]
+    rows = [line.split(" | ") for line in experiments_module.controls_table(results).splitlines()[2:]]
+    assert [(cells[0], cells[2]) for cells in rows] == [
+        ("| main", "0.900"),
+        ("| shuffled", "0.300"),
+        ("| critic_solver", "0.800"),
+    ]
+
+
+def test_a_recipe_changes_every_arm_alike_and_has_runs_of_its_own(experiments: Path) -> None:
+    honest = experiments_module.Campaign(recipe="honest_teacher")
+    assert honest.directory(SEED) == experiments / "honest_teacher" / str(SEED)
+    for arm in ("main", "majority", "critic_solver"):
+        words = honest.words_of(arm, seed=SEED)
+        assert {"domain.hard_share=0.005", "domain.forget_rate=0.0"} <= set(words)
+    _, flags = elenchus.parse(honest.words_of("main", seed=SEED)[1:])
+    assert load_run_config([], flags=flags).domain.forget_rate == 0.0
 
 
 def test_a_main_run_is_not_begun_anew_under_finished_controls(experiments: Path) -> None:
     with pytest.raises(RuntimeError, match="under the finished arms shuffled; move"):
-        campaign.run_arm("main", seed=SEED)
+        CAMPAIGN.run_arm("main", seed=SEED)
     assert (experiments / str(SEED) / "shuffled" / "summary.json").is_file()
 
 

@@ -37,7 +37,7 @@ def test_the_state_comes_back_from_json_as_it_was() -> None:
         dropped=Counter(margin=3),
         gold=Counter(evaluation=9),
         parity_max_abs_diff=1e-5,
-        iterations_s=12.5,
+        wall_s={"start": 3.0, "iterations": 12.5},
     )
     restored = LoopState.restore(json.loads(json.dumps(state.snapshot())))
     assert restored == state

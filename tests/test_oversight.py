@@ -31,6 +31,8 @@ from actors.records import ExpertLabel, Issue, Verdict
 from tests.small_records import make_critique, make_judged
 
 DOMAIN = Arithmetic(ArithmeticConfig())
+RIGHT = "7+6+0=13 4+8+1=13 133"
+"""The right answer to 47+86."""
 
 
 def expert_label(response_id: str, label: str | None, *, expert: str = "ada") -> ExpertLabel:
@@ -165,6 +167,26 @@ def test_there_is_nobody_to_ask_when_nothing_is_judged() -> None:
     assert Escalation().decide([make_judged("a", None)], nobody, num_allowed=5)[0].label is None
 
 
+def test_equal_answers_are_one_question_and_share_its_label() -> None:
+    judged = [
+        make_judged("r0", 0.52, text="twice"),
+        make_judged("r1", 0.9, text="once"),
+        make_judged("r2", 0.51, text="twice"),
+        make_judged("r3", None, text="twice"),  # unreadable this time
+        make_judged("other2", 0.6, query_id="q2", text="twice"),  # another query
+    ]
+    experts = Experts({"r0": "fail", "other2": "pass"})
+    verdicts = by_response(Escalation().decide(judged, experts.ask, num_allowed=2))
+    assert experts.asked == ["r0", "other2"]
+    assert {name: (v.label, v.source, v.escalated) for name, v in verdicts.items()} == {
+        "r0": ("fail", "expert", True),
+        "r2": ("fail", "expert", False),
+        "r3": ("fail", "expert", False),
+        "other2": ("pass", "expert", True),
+        "r1": ("pass", "critic", False),
+    }
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([None, 0.1, 0.4, 0.5, 0.6, 0.9]), max_size=12), st.integers(0, 12), st.integers(0, 99))
 def test_who_is_asked_does_not_depend_on_the_order_of_arrival(
@@ -248,13 +270,13 @@ def test_the_shuffle_is_the_same_each_time_and_in_any_order_of_queries() -> None
     ],
 )
 def test_a_config_names_the_oversight(kind: str, wanted: type) -> None:
-    assert isinstance(make_oversight(OversightConfig.model_validate({"kind": kind}), domain=DOMAIN), wanted)
+    assert isinstance(make_oversight(OversightConfig.model_validate({"kind": kind}), domain=DOMAIN, seed=0), wanted)
 
 
 def test_the_shuffled_control_asks_experts_as_the_main_run_does() -> None:
     plain, shuffled = Experts(), Experts()
     Escalation().decide(CASES, plain.ask, num_allowed=2)
-    make_oversight(OversightConfig(kind="shuffled"), domain=DOMAIN).decide(CASES, shuffled.ask, num_allowed=2)
+    make_oversight(OversightConfig(kind="shuffled"), domain=DOMAIN, seed=0).decide(CASES, shuffled.ask, num_allowed=2)
     assert shuffled.asked == plain.asked
 
 
@@ -288,6 +310,9 @@ def test_experts_alone_are_asked_for_whole_queries_within_the_budget() -> None:
             ("pass", "expert", True) if known else (None, "critic", False)
         )
         assert verdict.flaw_end is None
+    other = Experts()
+    ExpertsOnly(seed=1).decide(judged, other.ask, num_allowed=20)
+    assert set(other.asked) != set(everything.asked)
     again = Experts({item.response.response_id: "pass" for item in judged})
     ExpertsOnly().decide(list(reversed(judged)), again.ask, num_allowed=20)
     assert set(again.asked) == set(everything.asked)
@@ -343,7 +368,9 @@ def test_a_simulated_expert_answers_through_the_queue_at_once(
     queue: ExpertQueue, simulated: Callable[..., SimulatedExpert]
 ) -> None:
     # The critic holds the right answer to 47+86 for bad; the expert knows better.
-    verdicts = Escalation().decide([make_judged("r", 0.45)], ExpertDesk(queue, simulated()).ask, num_allowed=1)
+    verdicts = Escalation().decide(
+        [make_judged("r", 0.45, text=RIGHT)], ExpertDesk(queue, simulated()).ask, num_allowed=1
+    )
     assert (verdicts[0].label, verdicts[0].source) == ("pass", "expert")
     assert queue.counts().decided == 1
 
@@ -352,7 +379,7 @@ def test_an_expert_for_whom_a_case_is_too_hard_leaves_it_to_the_critic(
     queue: ExpertQueue, simulated: Callable[..., SimulatedExpert]
 ) -> None:
     desk = ExpertDesk(queue, simulated(max_difficulty=2.0))  # 47+86: two columns and two carries
-    verdicts = Escalation().decide([make_judged("r", 0.45)], desk.ask, num_allowed=1)
+    verdicts = Escalation().decide([make_judged("r", 0.45, text=RIGHT)], desk.ask, num_allowed=1)
     assert (verdicts[0].label, verdicts[0].source, verdicts[0].escalated) == ("fail", "critic", True)
 
 

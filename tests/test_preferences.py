@@ -54,7 +54,7 @@ def test_the_best_is_paired_with_the_worst_and_the_second_best_with_the_second_w
     assert ids(found) == [("q0r2", "q0r1"), ("q0r0", "q0r3")]
     assert [pair.margin for pair in found.pairs] == pytest.approx([0.95 - 0.1, 0.8 - 0.3])
     assert ids(paired(rows, max_pairs=1)) == [("q0r2", "q0r1")]
-    assert found.dropped == {}
+    assert found.dropped == {"unpaired": 1}
 
 
 def test_a_pair_carries_its_responses_tokens_and_origin() -> None:
@@ -93,6 +93,7 @@ def test_a_gap_as_large_as_the_margin_is_enough(margin: float, num: int) -> None
 def test_equal_texts_count_once_on_each_side() -> None:
     found = paired([(0.9, "a"), (0.9, "a"), (0.8, "b"), (0.1, "c"), (0.1, "c"), (0.2, "d")])
     assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("a", "c"), ("b", "d")]
+    assert found.dropped == {"duplicate": 2}
 
 
 def test_an_expert_on_either_side_makes_the_pair_an_experts() -> None:
@@ -131,6 +132,20 @@ def test_a_rejected_response_ends_with_its_first_quoted_flaw(
     assert "".join(map(chr, pair.rejected_token_ids)) == kept
     assert "".join(map(chr, pair.chosen_token_ids)) == "right\0"
     assert (pair.chosen, pair.rejected) == ("right", "wrong")
+
+
+def test_a_flaw_that_the_chosen_response_shares_makes_no_pair() -> None:
+    responses = {"a": make_response("a", text="wring"), "b": make_response("b", text="wrong", sample_index=1)}
+    for flaw_end, num in ((2, 0), (3, 1)):
+        found = build_pairs(
+            [make_query("q")],
+            responses,
+            [make_verdict("a", 1.0), make_verdict("b", 0.0, flaw_end=flaw_end)],
+            config=PreferenceConfig(),
+            run="test",
+            tokens_spanning=a_token_a_character,
+        )
+        assert (len(found.pairs), dict(found.dropped)) == (num, {} if num else {"flaw_in_chosen": 1})
 
 
 @settings(deadline=None, max_examples=80)

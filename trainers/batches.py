@@ -62,14 +62,19 @@ class TrainingPlan:
     steps: tuple[PlannedStep, ...]
 
     @classmethod
-    def of(cls, row_ids: Sequence[str], *, batch_size: int, epochs: int, seed: int) -> TrainingPlan:
-        """Return a plan that depends on the set of ids, the batch size, the epochs and the seed alone.
+    def of(
+        cls, row_ids: Sequence[str], *, batch_size: int, epochs: int, seed: int, keys: Sequence[str] | None = None
+    ) -> TrainingPlan:
+        """Return a plan that depends on the set of keys, the batch size, the epochs and the seed alone.
+
+        The keys, one for each row, are the row ids unless they are given: ids that hold a run's name would shuffle two
+        runs of one seed differently.
 
         An epoch has ceil(rows / batch_size) steps whose sizes differ by one at most, so that no step of a few rows
         moves the weights as far as a full one.
 
         Raises:
-            ValueError: no row, two rows with one id, or a count below 1.
+            ValueError: no row, two rows with one id or one key, or a count below 1.
         """
         if not row_ids or batch_size < 1 or epochs < 1:
             raise ValueError(
@@ -78,10 +83,13 @@ class TrainingPlan:
         if len(set(row_ids)) != len(row_ids):
             twice = next(row_id for i, row_id in enumerate(sorted(row_ids)) if row_id == sorted(row_ids)[i - 1])
             raise ValueError(f"training plan: two rows have the id {twice!r}; ids must be unique")
+        keys = row_ids if keys is None else keys
+        if len(set(keys)) != len(row_ids):
+            raise ValueError(f"training plan: got {len(set(keys))} keys for {len(row_ids)} rows, wanted one for each")
         num_steps = -(-len(row_ids) // batch_size)
         steps = []
         for epoch in range(epochs):
-            order = sorted(range(len(row_ids)), key=lambda row: _shuffle_key(row_ids[row], epoch=epoch, seed=seed))
+            order = sorted(range(len(row_ids)), key=lambda row: _shuffle_key(keys[row], epoch=epoch, seed=seed))
             bounds = [len(order) * i // num_steps for i in range(num_steps + 1)]
             steps += [PlannedStep(epoch=epoch, rows=tuple(order[bounds[i] : bounds[i + 1]])) for i in range(num_steps)]
         return cls(row_ids=tuple(row_ids), steps=tuple(steps))
@@ -92,8 +100,8 @@ class TrainingPlan:
         return (Slot(row_id=self.row_ids[row], epoch=planned.epoch, step=step) for row in planned.rows)
 
 
-def _shuffle_key(row_id: str, *, epoch: int, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=16).digest()
+def _shuffle_key(key: str, *, epoch: int, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
 
 
 # ---------------------------------------------------------------------------------------------------------- layout

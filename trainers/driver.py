@@ -27,7 +27,7 @@ from actors.domains import Domain, GoldLedger, Purpose
 from actors.engine import Completion, GenerationRequest
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertBudget
-from actors.oversight import Oversight, critic_verdict
+from actors.oversight import Judged, Oversight, critic_verdict
 from actors.records import (
     EvaluationAnswer,
     PreferencePair,
@@ -54,7 +54,7 @@ from trainers.evaluation import (
     live_sample,
 )
 from trainers.loop_config import LoopConfig
-from trainers.loop_state import STAGES, LoopState, Rollouts, StageClock
+from trainers.loop_state import STAGES, LoopState, Rollouts, StageClock, WallClock
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.progress import Progress, StopSignal
 from trainers.summary import IterationMetrics, append_metrics, rewind_metrics
@@ -100,6 +100,11 @@ async def streams() -> AsyncIterator[asyncio.TaskGroup]:
         raise first from group
 
 
+def _num_judged(judged: Sequence[Judged]) -> int:
+    """Return how many responses the critic gave a verdict on: what the experts' budget is a share of."""
+    return sum(critic_verdict(item).label is not None for item in judged)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
     """Who takes part."""
@@ -129,7 +134,22 @@ class Driver:
         config: DriverConfig,
         progress: Progress,
         stop: StopSignal,
+        wall: WallClock | None = None,
     ) -> None:
+        """Take up the run where the store's last commit left it.
+
+        Args:
+            run: its name.
+            seed: all random draws depend on it and on what is drawn.
+            roles: who takes part, ready to work.
+            store: the run's journal, held by this process.
+            domain: what the problems are.
+            gold: where truth is asked and counted.
+            config: the sections that the loop reads.
+            progress: who is told.
+            stop: asks the loop to end at the next point where nothing is lost.
+            wall: the sitting's clock; None: it begins here.
+        """
         self._run = run
         self._seed = seed
         self._roles = roles
@@ -147,7 +167,8 @@ class Driver:
             if commit is None
             else LoopState.restore(commit.state)
         )
-        self._iterations_s_before = self.state.iterations_s
+        self._wall = wall or WallClock()
+        self._wall.before = dict(self.state.wall_s)
         gold.counts.update(self.state.gold)
         # The queue outlives a kill: what it holds of the open iteration is not asked for, nor counted, again.
         gold.counts[Purpose.EXPERT] = roles.experts.num_from_truth()
@@ -165,8 +186,10 @@ class Driver:
             await self._begin()
         else:
             await self._restore()
+        self._wall.begin_loop()
         while self.state.iteration < self._config.loop.iterations:
             await self._iterate(self.state.iteration + 1)
+        self.state.wall_s = self._wall.seconds()
         return self.state
 
     async def _iterate(self, iteration: int) -> None:
@@ -175,7 +198,7 @@ class Driver:
         rollouts = await self._attack_respond_critique(iteration)
         verdicts = await self._judge(iteration, rollouts)
         pairs = await self._pair(iteration, rollouts, verdicts)
-        update = await self._update(iteration, pairs)
+        update = await self._update(iteration, pairs, rollouts)
         sync = await self._publish(iteration)
         metrics = await self._evaluate(iteration, rollouts, verdicts, pairs, update, sync)
         await self._commit(iteration, metrics)
@@ -237,7 +260,7 @@ class Driver:
         with self._clock.stage("judge"):
             judged = rollouts.judged()
             num_allowed = self._config.experts.allowed(
-                self.state.num_verdicts + len(judged), num_asked=self.state.num_asked
+                self.state.num_verdicts + _num_judged(judged), num_asked=self.state.num_asked
             )
             verdicts = self._roles.oversight.decide(judged, self._roles.experts.ask, num_allowed=num_allowed)
             await self._log("verdicts", verdicts)
@@ -261,7 +284,7 @@ class Driver:
         self._check_stop()
         return pairs
 
-    async def _update(self, iteration: int, pairs: Pairs) -> UpdateReport | None:
+    async def _update(self, iteration: int, pairs: Pairs, rollouts: Rollouts) -> UpdateReport | None:
         """Train the learner on the pairs, as an Arrow table; None when there are none."""
         if not pairs.pairs:
             logger.warning("iteration %d: no pairs, nothing to train on", iteration)
@@ -270,6 +293,7 @@ class Driver:
             table = to_table(pairs.pairs, PreferencePair)
             plan = TrainingPlan.of(
                 [pair.pair_id for pair in pairs.pairs],
+                keys=[rollouts.place(pair) for pair in pairs.pairs],
                 batch_size=self._config.batch_size,
                 epochs=self._config.loop.epochs,
                 seed=self._seed * 1_000 + iteration,
@@ -324,12 +348,12 @@ class Driver:
         self._roles.attacker.observe(self.state.archive, outcomes)
         attacked = [outcome for outcome in outcomes if outcome.num_judged]
         num_asked = sum(verdict.escalated for verdict in verdicts)
+        num_judged = sum(verdict.label is not None for verdict in critic_alone)
         self.state.iteration = iteration
-        self.state.num_verdicts += len(verdicts)
+        self.state.num_verdicts += num_judged
         self.state.num_asked += num_asked
         self.state.num_pairs += len(pairs.pairs)
         self.state.dropped.update(pairs.dropped)
-        self.state.iterations_s += self._clock.elapsed_s()
         return IterationMetrics(
             iteration=iteration,
             policy_version=self.state.policy_version,
@@ -339,7 +363,7 @@ class Driver:
             num_probe=len(probe),
             critic_agreement=agreement_of(live),
             experts_asked=num_asked,
-            num_verdicts=len(verdicts),
+            num_verdicts=num_judged,
             pairs_trained=len(pairs.pairs),
             pairs_dropped=dict(pairs.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
@@ -381,6 +405,7 @@ class Driver:
         await group.save(checkpoint)
         await group.export(policy)
         self.state.gold = Counter(self._gold.counts)
+        self.state.wall_s = self._wall.seconds()
         if metrics is not None:
             append_metrics(self._store.path, metrics)
         await asyncio.to_thread(
@@ -471,16 +496,11 @@ class Driver:
 
     # ---------------------------------------------------------------------------------------------- small things
 
-    @property
-    def iterations_s(self) -> float:
-        """Seconds that this sitting has spent on iterations."""
-        return self.state.iterations_s - self._iterations_s_before
-
     def _evaluation_queries(self, name: str) -> Sequence[tuple[str, tuple[str, ...]]]:
         if name != "attack_set":
             return self._config.evaluation_sets[name]
         queries = from_table(self._store.read("queries", iteration=0), Query)
-        return [(query.messages[-1].content, query.facets) for query in sorted(queries, key=lambda q: q.query_id)]
+        return [(query.messages[-1].content, query.facets) for query in sorted(queries, key=lambda q: q.sample_index)]
 
     def _logged_answers(self, iteration: int, name: str) -> list[EvaluationAnswer]:
         """Return an evaluation set's answers in the order of its items; they are stored all at once or not at all."""

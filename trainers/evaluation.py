@@ -101,6 +101,8 @@ class LiveSample:
     truth: tuple[bool, ...]
     passed: tuple[bool, ...]
     scores: tuple[float, ...]
+    items: tuple[tuple[str, str], ...]
+    """Query id and text of each: equal answers to one query are judged alike, so they count as one."""
     num_unjudged: int
     """Sampled answers without a readable critique."""
 
@@ -115,7 +117,9 @@ def live_sample(
     checker: LedgeredChecker,
 ) -> LiveSample:
     """Return the critic's own verdicts (before escalation) and truth on a uniform sample of an iteration's answers."""
-    ordered = sorted(critic_verdicts, key=lambda verdict: verdict.response_id)
+    ordered = sorted(
+        critic_verdicts, key=lambda v: (queries[v.query_id].sample_index, responses[v.response_id].sample_index)
+    )
     sample = random.Random(f"agreement/{seed}").sample(ordered, min(size, len(ordered)))
     judged = [verdict for verdict in sample if verdict.label is not None]
     return LiveSample(
@@ -123,6 +127,7 @@ def live_sample(
         truth=tuple(checker.correct(queries[v.query_id], responses[v.response_id].text) for v in judged),
         passed=tuple(v.label == PASS for v in judged),
         scores=tuple(v.score if v.score is not None else 0.0 for v in judged),
+        items=tuple((v.query_id, responses[v.response_id].text) for v in judged),
         num_unjudged=len(sample) - len(judged),
     )
 
@@ -160,7 +165,7 @@ def cell_counts(outcomes: Sequence[Outcome], cells: Sequence[tuple[str, ...]]) -
 def agreement_of(live: LiveSample) -> AgreementMetrics:
     """Return the critic's agreement with truth on a live sample."""
     return AgreementMetrics.of(
-        statistics.agreement(live.truth, live.passed),
+        statistics.agreement(live.truth, live.passed, items=live.items),
         auroc=statistics.auroc(live.truth, live.scores),
         num_unjudged=live.num_unjudged,
     )

@@ -64,18 +64,27 @@ class Rollouts:
         """Index of the first proposal that is not here."""
         return 1 + max((row.sample_index for row in self.proposals.values()), default=-1)
 
+    def place(self, pair: PreferencePair) -> str:
+        """Return where a pair stands in its iteration, whatever the run's name: its query and its two samples."""
+        chosen, rejected = self.responses[pair.chosen_id], self.responses[pair.rejected_id]
+        return f"{self.queries[pair.query_id].sample_index}/{chosen.sample_index}/{rejected.sample_index}"
+
     def judged(self) -> list[Judged]:
-        """Return every response with its critiques, in an order that depends on the ids alone."""
+        """Return every response with its critiques, in the order in which queries and responses were sampled."""
         by_response: dict[str, list[Critique]] = {response_id: [] for response_id in self.responses}
         for critique in self.critiques.values():
             by_response[critique.response_ids[0]].append(critique)
+        places = {
+            response.response_id: (self.queries[response.query_id].sample_index, response.sample_index)
+            for response in self.responses.values()
+        }
         return [
             Judged(
-                query=self.queries[response.query_id],
-                response=response,
+                query=self.queries[self.responses[response_id].query_id],
+                response=self.responses[response_id],
                 critiques=tuple(sorted(by_response[response_id], key=lambda c: c.critique_id)),
             )
-            for response_id, response in sorted(self.responses.items())
+            for response_id in sorted(places, key=lambda response_id: places[response_id])
         ]
 
 
@@ -91,7 +100,8 @@ class LoopState:
     dropped: Counter[str] = field(default_factory=Counter)
     gold: Counter[str] = field(default_factory=Counter)
     parity_max_abs_diff: float = 0.0
-    iterations_s: float = 0.0
+    wall_s: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase of all sittings up to the commit (`WallClock`)."""
 
     @property
     def policy_version(self) -> str:
@@ -110,7 +120,7 @@ class LoopState:
             "dropped": dict(self.dropped),
             "gold": dict(self.gold),
             "parity_max_abs_diff": self.parity_max_abs_diff,
-            "iterations_s": self.iterations_s,
+            "wall_s": dict(self.wall_s),
         }
 
     @classmethod
@@ -125,8 +135,39 @@ class LoopState:
             dropped=Counter(snapshot["dropped"]),
             gold=Counter(snapshot["gold"]),
             parity_max_abs_diff=snapshot["parity_max_abs_diff"],
-            iterations_s=snapshot["iterations_s"],
+            wall_s=dict(snapshot["wall_s"]),
         )
+
+
+class WallClock:
+    """Wall-clock seconds of a run by phase: bootstrap, start, iterations. What a kill cut off is not in them."""
+
+    def __init__(self) -> None:
+        """Begin a sitting."""
+        self._begin = time.monotonic()
+        self._bootstrap_s = 0.0
+        self._loop_begin: float | None = None
+        self.before: dict[str, float] = {}
+        """Seconds of the sittings before this one."""
+
+    def bootstrapped(self, seconds: float) -> None:
+        """Note how long the bootstrap took in this sitting."""
+        self._bootstrap_s = seconds
+
+    def begin_loop(self) -> None:
+        """Note that all is ready for the next iteration; what came before was the start."""
+        self._loop_begin = time.monotonic()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds by phase so far, of the sittings before and this one."""
+        now = time.monotonic()
+        loop_begin = now if self._loop_begin is None else self._loop_begin
+        here = {
+            "bootstrap": self._bootstrap_s,
+            "start": loop_begin - self._begin - self._bootstrap_s,
+            "iterations": now - loop_begin,
+        }
+        return {phase: self.before.get(phase, 0.0) + seconds for phase, seconds in here.items()}
 
 
 class StageClock:

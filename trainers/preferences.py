@@ -1,6 +1,10 @@
 """Owns how verdicts become preference pairs: chosen passes, rejected fails, the gap in P(good) at least the margin.
 
-All-pass and all-fail queries, ties and equal texts are dropped and counted (SCIENCE §3).
+What gives no pair is dropped and counted (SCIENCE §3), by reason:
+    all_pass, all_fail, no_verdict   queries with nothing to prefer
+    unjudged, duplicate, unpaired    responses without a verdict, with a text that is there already, without a partner
+    margin, same_text                candidate pairs too close in P(good), or judged both ways
+    flaw_in_chosen                   candidate pairs whose chosen begins with the very flaw that its rejected is cut at
 
 A rejected response is cut where the critique's first quoted flaw ends: what follows from a flaw is not at fault, and
 pushing it down as well teaches a small model to babble. This is the critique's part in learning, after Step-DPO (Lai et
@@ -48,7 +52,7 @@ def build_pairs(
     run: str,
     tokens_spanning: Callable[[Sequence[int], int], int],
 ) -> Pairs:
-    """Return best-versus-worst pairs, in an order that depends on the ids alone.
+    """Return best-versus-worst pairs, in the order of the queries.
 
     Args:
         tokens_spanning: how many of the token ids it takes to spell so many characters.
@@ -61,14 +65,17 @@ def build_pairs(
         else:
             by_query[verdict.query_id].append(verdict)
     pairs: list[PreferencePair] = []
-    for query in sorted(queries, key=lambda q: q.query_id):
+    for query in sorted(queries, key=lambda q: (q.iteration, q.sample_index, q.query_id)):
         good, bad = _sides(by_query[query.query_id], responses)
         if not good or not bad:
             reason = "all_pass" if good else "all_fail" if bad else "no_verdict"
             dropped[reason] += 1
             continue
+        dropped["duplicate"] += len(by_query[query.query_id]) - len(good) - len(bad)
+        num_matched = min(len(good), len(bad), config.max_pairs_per_query)
+        dropped["unpaired"] += len(good) + len(bad) - 2 * num_matched
         for rank, (chosen, rejected) in enumerate(zip(good, bad, strict=False)):
-            if rank == config.max_pairs_per_query:
+            if rank == num_matched:
                 break
             gap = (chosen.score or 0.0) - (rejected.score or 0.0)
             if gap < config.margin:
@@ -79,8 +86,12 @@ def build_pairs(
                 cut = None
                 if config.cut_at_flaw and rejected.flaw_end is not None:
                     cut = tokens_spanning(responses[rejected.response_id].token_ids, rejected.flaw_end)
-                pairs.append(_pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut))
-    return Pairs(pairs=tuple(pairs), dropped=dict(dropped))
+                pair = _pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut)
+                if cut is not None and pair.chosen_token_ids[:cut] == pair.rejected_token_ids:
+                    dropped["flaw_in_chosen"] += 1
+                else:
+                    pairs.append(pair)
+    return Pairs(pairs=tuple(pairs), dropped={reason: num for reason, num in dropped.items() if num})
 
 
 def _sides(verdicts: Sequence[Verdict], responses: Mapping[str, Response]) -> tuple[list[Verdict], list[Verdict]]:

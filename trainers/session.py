@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +33,7 @@ from trainers import statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import evaluation_sets
-from trainers.loop_state import STAGES, LoopState
+from trainers.loop_state import STAGES, LoopState, WallClock
 from trainers.preflight import model_record
 from trainers.progress import Progress, StopSignal
 from trainers.run_config import BOOTSTRAP, RunConfig
@@ -60,15 +58,6 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_SEQUENCES = 16
 """Sequences of the parity probe, drawn from the domain's probe problems."""
-
-
-@dataclass(slots=True)
-class Wall:
-    """Seconds of this sitting, by phase."""
-
-    begin: float
-    bootstrap: float = 0.0
-    start: float = 0.0
 
 
 def run(config: RunConfig, *, progress: Progress, stop: StopSignal, config_toml: str | None = None) -> Summary:
@@ -132,7 +121,7 @@ class Recorded:
 
 
 async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
-    wall = Wall(begin=time.monotonic())
+    wall = WallClock()
     domain, checker = load_domain(config.domain.kind, config.domain)
     gold = GoldLedger(checker, regime=config.supervision.regime)
     async with AsyncExitStack() as stack:
@@ -142,8 +131,8 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
             f"cluster   Ray at {runtime.address}"
             + (f" · dashboard {runtime.dashboard_url}" if runtime.dashboard_url else "")
         )
-        base = await _base_model(config, domain=domain, progress=progress)
-        wall.bootstrap = 0.0 if base is None else base.seconds
+        base = await base_model(config, domain=domain, progress=progress)
+        wall.bootstrapped(0.0 if base is None else base.seconds)
         roles = await _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
         commit = store.last_commit()
         tracker = stack.enter_context(
@@ -159,15 +148,16 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
             config=_driver_config(config, domain=domain, model=_model(config.learner.model, base)),
             progress=Recorded(progress, tracker),
             stop=stop,
+            wall=wall,
         )
         state = await driver.run()
-        wall.start = max(0.0, time.monotonic() - wall.begin - wall.bootstrap - driver.iterations_s)
-        summary = summarise(config, store=store, state=state, base=base, gold=gold, wall=wall)
+        summary = summarise(config, store=store, state=state, base=base, gold=gold)
     write_summary(store.path, summary)
     return summary
 
 
-async def _base_model(config: RunConfig, *, domain: Domain, progress: Progress) -> BootstrapResult | None:
+async def base_model(config: RunConfig, *, domain: Domain, progress: Progress) -> BootstrapResult | None:
+    """Return the base model of a config's roles, from the cache or trained now; None when no role asks for one."""
     models = (config.learner.model, config.attacker.engine.model, config.critic.engine.model)
     if BOOTSTRAP not in models:
         return None
@@ -245,7 +235,7 @@ async def _start_roles(
         critic=Critic(
             pools["critic"], rubric=StepMarks(domain), config=config.critic.judging, run=config.name, seed=config.seed
         ),
-        oversight=make_oversight(config.oversight, domain=domain),
+        oversight=make_oversight(config.oversight, domain=domain, seed=config.seed),
         experts=ExpertDesk(queue, expert),
         learner_group=group,
         pools=pools,
@@ -297,7 +287,6 @@ def summarise(
     state: LoopState,
     base: BootstrapResult | None,
     gold: GoldLedger,
-    wall: Wall,
 ) -> Summary:
     """Return a finished run in figures, from its journal and its metrics."""
     last = state.iteration
@@ -343,12 +332,7 @@ def summarise(
         policy_version=state.policy_version,
         parity_max_abs_diff=state.parity_max_abs_diff,
         pairs=summarise_pairs(rows),
-        wall_s=WallSeconds(
-            bootstrap=wall.bootstrap,
-            start=wall.start,
-            iterations=state.iterations_s,
-            total=time.monotonic() - wall.begin,
-        ),
+        wall_s=WallSeconds(**state.wall_s, total=sum(state.wall_s.values())),
         tokens_per_s={name: sum(values) / len(values) for name, values in weights.items() if values},
         seed=config.seed,
         commit=git_commit(Path(__file__).resolve().parent)[0] or "unknown",

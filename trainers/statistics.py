@@ -7,7 +7,8 @@ SciPy takes seconds to import and is so where it is needed: every command reads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -48,7 +49,8 @@ class Agreement:
     """Mean of the shares of good answers passed and of bad answers failed; None when either kind is absent."""
     ci_low: float | None
     ci_high: float | None
-    """The two Wilson intervals combined by square-and-add; None with `balanced_accuracy`."""
+    """The two Wilson intervals combined by square-and-add; None with `balanced_accuracy`. Copies of one item count as
+    one in their width."""
     false_pass: float | None
     """Share of the bad answers that were passed; None when no answer is bad."""
     false_fail: float | None
@@ -177,18 +179,35 @@ def _root(function: Callable[[float], float], *, low: float, high: float) -> flo
     return float(brentq(function, low, high, xtol=1e-12))
 
 
-def agreement(truth: Sequence[bool], passed: Sequence[bool], *, confidence: float = CONFIDENCE) -> Agreement:
+def agreement(
+    truth: Sequence[bool],
+    passed: Sequence[bool],
+    *,
+    items: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE,
+) -> Agreement:
     """Return a judge's balanced accuracy and its two error rates; `truth` says which answers are good.
+
+    Args:
+        truth: which answers are good.
+        passed: which of them the judge passed.
+        items: equal ones are copies of one answer, which the judge got right or wrong once: the intervals are those of
+            n² / Σ copies² independent answers (Kish 1965's effective sample size). None: no two are alike.
+        confidence: of the interval.
 
     Raises:
         ValueError: two different numbers of items.
     """
     _same_length("agreement", truth, passed)
+    keys = list(range(len(truth))) if items is None else list(items)
+    _same_length("agreement", truth, keys)
     num_good, num_bad = sum(map(bool, truth)), sum(1 for good in truth if not good)
     good_passed = sum(1 for good, verdict in zip(truth, passed, strict=True) if good and verdict)
     bad_failed = sum(1 for good, verdict in zip(truth, passed, strict=True) if not good and not verdict)
-    good = wilson(good_passed, num_good, confidence=confidence) if num_good else None
-    bad = wilson(bad_failed, num_bad, confidence=confidence) if num_bad else None
+    good = _share_of_copies(good_passed, [key for key, is_good in zip(keys, truth, strict=True) if is_good], confidence)
+    bad = _share_of_copies(
+        bad_failed, [key for key, is_good in zip(keys, truth, strict=True) if not is_good], confidence
+    )
     both = _mean_of(good, bad) if good and bad else None
     return Agreement(
         balanced_accuracy=both[0] if both else None,
@@ -199,6 +218,17 @@ def agreement(truth: Sequence[bool], passed: Sequence[bool], *, confidence: floa
         num_good=num_good,
         num_bad=num_bad,
     )
+
+
+def _share_of_copies(num_successes: int, keys: Sequence[Hashable], confidence: float) -> Share | None:
+    """Return a share of items some of which are copies, its interval as wide as that of as many independent ones."""
+    if not keys:
+        return None
+    n = len(keys)
+    effective = round(n * n / sum(copies * copies for copies in Counter(keys).values()))
+    alike = wilson(round(num_successes * effective / n), effective, confidence=confidence)
+    value = num_successes / n
+    return Share(value=value, ci_low=min(value, alike.ci_low), ci_high=max(value, alike.ci_high), n=n)
 
 
 def _mean_of(first: Share, second: Share) -> tuple[float, float, float]:

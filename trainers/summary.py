@@ -167,6 +167,10 @@ class CriticAgreement(Config):
     """Share of the good answers failed, in the lowest iteration."""
     auroc: Fraction | None
     """AUROC of P(good), in the lowest iteration."""
+    n: Count
+    """Sampled answers with a readable critique, in the lowest iteration."""
+    num_unjudged: Count
+    """Sampled answers without one, over all iterations."""
 
 
 class Experts(Config):
@@ -205,16 +209,16 @@ class PairCounts(Config):
 
 
 class WallSeconds(Config):
-    """Wall-clock seconds by phase of the run, of all its sittings."""
+    """Wall-clock seconds by phase of the run, of all its sittings; what a kill cut off is not in them."""
 
     bootstrap: Seconds
     """Pretraining of the base model; 0 when it came from the cache."""
     start: Seconds
-    """Ray, pools, learner group, evaluation before the first iteration."""
+    """Ray, pools, learner group, frozen attack set, evaluation before the first iteration."""
     iterations: Seconds
-    """The loop."""
+    """The loop, commits and the evaluation at its end included."""
     total: Seconds
-    """From the command to the summary."""
+    """Their sum."""
 
 
 class Summary(Config):
@@ -269,6 +273,8 @@ def summarise_agreement(rows: Sequence[IterationMetrics]) -> CriticAgreement:
         false_pass=lowest.false_pass if lowest else None,
         false_fail=lowest.false_fail if lowest else None,
         auroc=lowest.auroc if lowest else None,
+        n=lowest.num_good + lowest.num_bad if lowest else 0,
+        num_unjudged=sum(row.num_unjudged for row in found.values()),
     )
 
 
