@@ -5,6 +5,7 @@ Validity needs no truth: a query is valid when the domain can parse it and it is
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from actors.domains import Domain, Problem
 from actors.generation import Completion, GenerationRequest
 from actors.records import Proposal, Query, draw_seed, lineage_id
 from cluster.config import Config
+from cluster.pool_errors import PoolExhausted
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
+
+logger = logging.getLogger(__name__)
 
 
 class AttackerConfig(Config):
@@ -124,8 +128,8 @@ class Attacker:
 
     async def _write(
         self, prompts: Sequence[AttackPrompt], *, iteration: int, first: int
-    ) -> AsyncIterator[list[tuple[int, str]]]:
-        """Yield (index, text) in the order of the indices, as soon as every earlier one is there."""
+    ) -> AsyncIterator[list[tuple[int, str | None]]]:
+        """Yield (index, text) in the order of the indices, as soon as every earlier one is there; None: it is lost."""
         requests = [
             GenerationRequest(
                 request_id=lineage_id(self._run, iteration=iteration, stage="proposals", sample_index=first + i),
@@ -139,16 +143,19 @@ class Attacker:
         position = {request.request_id: first + i for i, request in enumerate(requests)}
         waiting: dict[int, str] = {}
         due = first
-        async for chunk in self._pool.route(requests):
-            for completion in chunk:
-                waiting[position[completion.request_id]] = completion.text
-            ready = []
-            while due in waiting:
-                ready.append((due, waiting.pop(due)))
-                due += 1
-            if ready:
-                yield ready
-        assert not waiting, "the pool answers every request or raises"
+        try:
+            async for chunk in self._pool.route(requests):
+                for completion in chunk:
+                    waiting[position[completion.request_id]] = completion.text
+                ready: list[tuple[int, str | None]] = []
+                while due in waiting:
+                    ready.append((due, waiting.pop(due)))
+                    due += 1
+                if ready:
+                    yield ready
+        except PoolExhausted as error:
+            logger.warning("attacker: %s", error)
+            yield [(i, waiting.get(i)) for i in range(due, first + len(requests))]
 
     def query_of(self, proposal: Proposal, *, version: str) -> Query:
         """Return the query that an accepted proposal is; the same each time, so a log of proposals is enough."""
@@ -181,7 +188,7 @@ class Attacker:
         self,
         archive: Archive,
         *,
-        text: str,
+        text: str | None,
         target: tuple[str, ...],
         position: int,
         iteration: int,
@@ -189,8 +196,10 @@ class Attacker:
         surplus: bool,
     ) -> Proposal:
         proposal_id = lineage_id(self._run, iteration=iteration, stage="proposals", sample_index=position)
-        problem = self._domain.parse(text)
-        if problem is None:
+        problem = None if text is None else self._domain.parse(text)
+        if text is None:
+            outcome = "lost"
+        elif problem is None:
             outcome = "invalid"
         elif not problem.in_scope:
             outcome = "out_of_scope"
@@ -205,7 +214,7 @@ class Attacker:
             proposal_id=proposal_id,
             iteration=iteration,
             sample_index=position,
-            text=text,
+            text=text or "",
             target=target,
             outcome=outcome,
             query_id=query_id if outcome == "accepted" else None,

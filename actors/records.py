@@ -67,7 +67,7 @@ class Proposal:
     target: tuple[str, ...]
     """The cell that the attack asked for."""
     outcome: str
-    """"accepted", "invalid", "out_of_scope", "wrong_split", "repeated" or "surplus"."""
+    """"accepted", "invalid", "out_of_scope", "wrong_split", "repeated", "surplus"; "lost": no replica answered."""
     query_id: str | None
 
 

@@ -28,6 +28,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.placement import release
+from cluster.pool_errors import PoolExhausted, PoolFailed
 from cluster.ray_runtime import worker_stderr
 from cluster.weight_sync import ParityFailed, WeightAnswer, Weights, parity
 
@@ -126,24 +127,6 @@ class PoolStats:
     num_running: int
     replicas: dict[int, EngineStats]
     """Of the replicas that answered."""
-
-
-class PoolExhausted(RuntimeError):
-    """Requests that no replica answered within the allowed attempts; they are lost, not failed judgements."""
-
-    def __init__(self, message: str, *, reasons: dict[str, str]) -> None:
-        super().__init__(message)
-        self.reasons = reasons
-        """Request id to what happened at its last attempt."""
-
-    @property
-    def request_ids(self) -> tuple[str, ...]:
-        """The lost requests."""
-        return tuple(self.reasons)
-
-
-class PoolFailed(RuntimeError):
-    """The pool could not bring up its replicas, or has been shut down."""
 
 
 class _State(enum.Enum):
@@ -316,8 +299,8 @@ class Pool(Generic[Req, Res]):
 
         Raises:
             ValueError: a request id occurs twice, here or in another route that is running, or asks for no sample.
-            PoolExhausted: requests without an answer; has their ids and reasons.
-            PoolFailed: the pool is not running.
+            PoolExhausted: requests without an answer, from a pool that goes on; has their ids and reasons.
+            PoolFailed: the pool is not running, or does not any more.
         """
         route = self._admit(requests)
         try:
@@ -329,6 +312,10 @@ class Pool(Generic[Req, Res]):
                     await route.arrived.wait()
         finally:
             self._withdraw(route)
+        if route.lost and self._failure is not None:
+            raise PoolFailed(
+                f"pool {self.name}: {self._failure}; {len(route.lost)} of {len(requests)} requests have no answer"
+            )
         if route.lost:
             shown = "; ".join(f"{request_id}: {reason}" for request_id, reason in list(route.lost.items())[:5])
             raise PoolExhausted(
@@ -385,7 +372,7 @@ class Pool(Generic[Req, Res]):
         )
 
     async def shutdown(self) -> None:
-        """Stop every replica and end running routes with `PoolExhausted`; a second call does nothing."""
+        """Stop every replica and end running routes with `PoolFailed`; a second call does nothing."""
         if self._failure is None:
             self._failure = "the pool has been shut down"
         if self._supervisor is not None:

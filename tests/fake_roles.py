@@ -46,6 +46,7 @@ from actors.records import ExpertLabel
 from actors.rollout import Rollout, RolloutConfig
 from actors.rubrics import StepMarks
 from cluster.config import Config
+from cluster.pool_errors import PoolExhausted
 from cluster.store import RunStore
 from cluster.weight_sync import ParityProbe, WeightAnswer, WeightManifest, parity
 from tests.fake_pool import spoken
@@ -191,6 +192,8 @@ class FakeRolePool:
         self._reach = reach
         self._running: set[str] = set()
         self._num_tokens = 0
+        self.losing: frozenset[str] = frozenset()
+        """Pools that lose a tenth of their requests."""
 
     def say(self, request: GenerationRequest) -> Completion:
         """Return the answer to one request, of the weights held now."""
@@ -203,7 +206,8 @@ class FakeRolePool:
             raise ValueError(f"pool {self.name}: a request id occurs twice")
         self._running |= set(names)
         self.events += [Event("asked", self.name, name, self.held[0]) for name in names]
-        waiting = list(requests)
+        lost = {name: "poison" for name in names if self.loses(name)}
+        waiting = [request for request in requests if request.request_id not in lost]
         self._rng.shuffle(waiting)
         try:
             while waiting:
@@ -214,6 +218,12 @@ class FakeRolePool:
                 yield chunk
         finally:
             self._running -= set(names)
+        if lost:
+            raise PoolExhausted(f"pool {self.name}: {len(lost)} requests have no answer", reasons=lost)
+
+    def loses(self, request_id: str) -> bool:
+        """Return whether a request finds no answer; the same ones each time."""
+        return self.name in self.losing and int(request_id, 16) % 10 == 0
 
     async def stats(self) -> Any:
         """Return what the driver reads of PoolStats."""
@@ -437,6 +447,8 @@ class Settings:
     critic: FakeCritic = field(default_factory=FakeCritic)
     arrival_seed: int = 0
     loads: bool = True
+    losing: frozenset[str] = frozenset()
+    """Names of the pools that lose a tenth of their requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -489,6 +501,8 @@ def fake_run(
     )
     critic = CriticPool("critic", events=events, arrival_seed=settings.arrival_seed)
     critic.critic = settings.critic
+    for pool in (attacker, rollouts, critic):
+        pool.losing = settings.losing
     queue = ExpertQueue(path / "labels" / "queue.sqlite3")
     desk = WatchedDesk(queue, SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=SimulatedExpertConfig()))
     desk.reach = tell  # type: ignore[method-assign, assignment]

@@ -517,6 +517,22 @@ def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blan
         assert judged == len(verdicts) - num_missing
 
 
+def test_requests_without_an_answer_are_counted_and_the_loop_goes_on(blank: Path, tmp_path: Path) -> None:
+    run_once(tmp_path / RUN, blank, Settings(losing=frozenset({"attacker", "critic"})))
+    for row in read_metrics(tmp_path / RUN):
+        asked = records(tmp_path / RUN, "proposals", iteration=row.iteration)
+        answers = records(tmp_path / RUN, "responses", iteration=row.iteration)
+        critiques = records(tmp_path / RUN, "critiques", iteration=row.iteration)
+        # Issued = answered + lost, and what is lost is judged neither way.
+        assert row.lost == {"critiques": len(answers) - len(critiques)}
+        assert 0 < row.lost["critiques"] < len(answers)
+        # An expert's label on an equal answer may still judge one.
+        assert row.pairs_dropped.get("unjudged", 0) <= row.lost["critiques"]
+        assert row.proposals["lost"] == sum(proposal.outcome == "lost" for proposal in asked) > 0
+        assert sorted(proposal.sample_index for proposal in asked) == list(range(len(asked)))
+        assert row.num_verdicts == len(critiques)
+
+
 def test_what_breaks_in_one_stream_ends_the_iteration_as_it_is(blank: Path, tmp_path: Path) -> None:
     class DiskFull(OSError):
         pass

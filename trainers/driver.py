@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from actors.records import (
 from actors.rollout import Rollout
 from cluster.config import Config
 from cluster.pool import Pool
+from cluster.pool_errors import PoolExhausted
 from cluster.store import FileDigest, RunStore, digest_directory
 from cluster.weight_sync import ParityProbe, SyncReport, sync_weights
 from trainers import evaluation
@@ -98,6 +99,16 @@ async def streams() -> AsyncIterator[asyncio.TaskGroup]:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from group
+
+
+@contextmanager
+def _counting_lost(stage: str, rollouts: Rollouts) -> Iterator[None]:
+    """Count requests that a pool which goes on could not have answered; they are missing, never a low score."""
+    try:
+        yield
+    except PoolExhausted as error:
+        rollouts.lost[stage] += len(error.reasons)
+        logger.warning("%s lost: %s", stage, error)
 
 
 def _num_judged(judged: Sequence[Judged]) -> int:
@@ -233,11 +244,12 @@ class Driver:
         return rollouts
 
     async def _respond(self, queries: Sequence[Query], rollouts: Rollouts, tasks: asyncio.TaskGroup) -> None:
-        async for responses in self._roles.rollout.respond(queries, known=set(rollouts.responses)):
-            self._check_stop()
-            await self._log("responses", responses)
-            rollouts.responses.update({row.response_id: row for row in responses})
-            self._critique(responses, rollouts, tasks)
+        with _counting_lost("responses", rollouts):
+            async for responses in self._roles.rollout.respond(queries, known=set(rollouts.responses)):
+                self._check_stop()
+                await self._log("responses", responses)
+                rollouts.responses.update({row.response_id: row for row in responses})
+                self._critique(responses, rollouts, tasks)
 
     def _critique(self, responses: Sequence[Response], rollouts: Rollouts, tasks: asyncio.TaskGroup) -> None:
         if responses:
@@ -246,11 +258,12 @@ class Driver:
     async def _write_critiques(self, responses: Sequence[Response], rollouts: Rollouts) -> None:
         items = [(rollouts.queries[row.query_id], row) for row in responses]
         total = self._config.loop.queries_per_iteration * self._roles.rollout.num_samples
-        async for critiques in self._roles.critic.judge(items, known=set(rollouts.critiques)):
-            self._check_stop()
-            await self._log("critiques", critiques)
-            rollouts.critiques.update({row.critique_id: row for row in critiques})
-            self._progress.stage("critiques", done=len(rollouts.critiques), total=total)
+        with _counting_lost("critiques", rollouts):
+            async for critiques in self._roles.critic.judge(items, known=set(rollouts.critiques)):
+                self._check_stop()
+                await self._log("critiques", critiques)
+                rollouts.critiques.update({row.critique_id: row for row in critiques})
+                self._progress.stage("critiques", done=len(rollouts.critiques), total=total)
 
     async def _judge(self, iteration: int, rollouts: Rollouts) -> list[Verdict]:
         """Return the verdicts: the critic's, and experts' for the least trusted, within their budget."""
@@ -367,6 +380,7 @@ class Driver:
             pairs_trained=len(pairs.pairs),
             pairs_dropped=dict(pairs.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
+            lost=dict(rollouts.lost),
             cells=cell_counts(outcomes, self._domain.cells()),
             seconds=self._clock.seconds(),
             wall_s=self._clock.elapsed_s(),

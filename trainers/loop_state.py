@@ -44,6 +44,8 @@ class Rollouts:
     queries: dict[str, Query] = field(default_factory=dict)
     responses: dict[str, Response] = field(default_factory=dict)
     critiques: dict[str, Critique] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
+    """Requests that no replica answered, by stage; a resume asks for them again."""
 
     @classmethod
     def of(cls, logged: Mapping[str, pa.Table]) -> Rollouts:

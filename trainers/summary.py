@@ -101,6 +101,8 @@ class IterationMetrics(Config):
     """Queries or candidates that gave no pair, by reason."""
     proposals: dict[str, Count]
     """The attacker's proposals by what became of them (accepted, invalid, repeated, ...)."""
+    lost: dict[str, Count] = Field(default_factory=dict)
+    """Requests that no replica answered after all attempts, by stage; missing, never counted as failed."""
     cells: tuple[CellCounts, ...]
     """The critic's verdicts per taxonomy cell."""
     seconds: dict[str, Seconds]
