@@ -33,8 +33,6 @@ def test_the_state_comes_back_from_json_as_it_was() -> None:
         archive=archive,
         num_verdicts=100,
         num_asked=5,
-        num_pairs=40,
-        dropped=Counter(margin=3),
         gold=Counter(evaluation=9),
         parity_max_abs_diff=1e-5,
         wall_s={"start": 3.0, "iterations": 12.5},

@@ -22,6 +22,7 @@ from typing import Any
 
 from actors.archive import Archive
 from actors.attacker import Attacker
+from actors.attacks import Outcome
 from actors.critic import Critic
 from actors.domains import Domain, GoldLedger, Purpose
 from actors.engine import Completion, GenerationRequest
@@ -211,7 +212,9 @@ class Driver:
         pairs = await self._pair(iteration, rollouts, verdicts)
         update = await self._update(iteration, pairs, rollouts)
         sync = await self._publish(iteration)
-        metrics = await self._evaluate(iteration, rollouts, verdicts, pairs, update, sync)
+        outcomes = self._steer(rollouts)
+        metrics = await self._evaluate(iteration, rollouts, outcomes, verdicts, pairs, update, sync)
+        self._account(iteration, metrics)
         await self._commit(iteration, metrics)
 
     # --------------------------------------------------------------------------------------------- the stages
@@ -332,16 +335,23 @@ class Driver:
         self.state.parity_max_abs_diff = max(self.state.parity_max_abs_diff, report.max_abs_diff)
         return report
 
+    def _steer(self, rollouts: Rollouts) -> list[Outcome]:
+        """Hand the critic's own verdicts on the queries to the attack: where it aims next."""
+        outcomes = attack_outcomes(rollouts.queries, [critic_verdict(item) for item in rollouts.judged()])
+        self._roles.attacker.observe(self.state.archive, outcomes)
+        return outcomes
+
     async def _evaluate(
         self,
         iteration: int,
         rollouts: Rollouts,
+        outcomes: Sequence[Outcome],
         verdicts: Sequence[Verdict],
         pairs: Pairs,
         update: UpdateReport | None,
         sync: SyncReport,
     ) -> IterationMetrics:
-        """Return what the iteration measured; truth is asked here, for the report alone."""
+        """Return what the iteration measured; truth is asked here, for the report alone, and nothing is steered."""
         with self._clock.stage("evaluate"):
             critic_alone = [critic_verdict(item) for item in rollouts.judged()]
             live = live_sample(
@@ -357,26 +367,17 @@ class Driver:
             if iteration == self._config.loop.iterations:
                 for name in ("sealed", "out_of_distribution", "attack_set"):
                     await self._answer(iteration, name)
-        outcomes = attack_outcomes(rollouts.queries, critic_alone)
-        self._roles.attacker.observe(self.state.archive, outcomes)
         attacked = [outcome for outcome in outcomes if outcome.num_judged]
-        num_asked = sum(verdict.escalated for verdict in verdicts)
-        num_judged = sum(verdict.label is not None for verdict in critic_alone)
-        self.state.iteration = iteration
-        self.state.num_verdicts += num_judged
-        self.state.num_asked += num_asked
-        self.state.num_pairs += len(pairs.pairs)
-        self.state.dropped.update(pairs.dropped)
         return IterationMetrics(
             iteration=iteration,
-            policy_version=self.state.policy_version,
+            policy_version=f"v{iteration}",
             live_attack_success=sum(o.success for o in attacked) / len(attacked) if attacked else None,
             num_attacks=len(attacked),
             probe_accuracy=sum(probe) / len(probe),
             num_probe=len(probe),
             critic_agreement=agreement_of(live),
-            experts_asked=num_asked,
-            num_verdicts=num_judged,
+            experts_asked=sum(verdict.escalated for verdict in verdicts),
+            num_verdicts=sum(verdict.label is not None for verdict in critic_alone),
             pairs_trained=len(pairs.pairs),
             pairs_dropped=dict(pairs.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
@@ -388,6 +389,12 @@ class Driver:
             parity_max_abs_diff=sync.max_abs_diff,
             training={} if update is None else dict(update.means),
         )
+
+    def _account(self, iteration: int, metrics: IterationMetrics) -> None:
+        """Carry over what the next iteration's budget depends on."""
+        self.state.iteration = iteration
+        self.state.num_verdicts += metrics.num_verdicts
+        self.state.num_asked += metrics.experts_asked
 
     async def _keep_agreement(self, iteration: int, live: LiveSample, rollouts: Rollouts) -> None:
         """Store which live answers truth was asked about, and what it said: for the report, read by no stage."""

@@ -98,8 +98,6 @@ class LoopState:
     archive: Archive
     num_verdicts: int = 0
     num_asked: int = 0
-    num_pairs: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
     gold: Counter[str] = field(default_factory=Counter)
     parity_max_abs_diff: float = 0.0
     wall_s: dict[str, float] = field(default_factory=dict)
@@ -118,8 +116,6 @@ class LoopState:
             "archive": self.archive.snapshot(),
             "num_verdicts": self.num_verdicts,
             "num_asked": self.num_asked,
-            "num_pairs": self.num_pairs,
-            "dropped": dict(self.dropped),
             "gold": dict(self.gold),
             "parity_max_abs_diff": self.parity_max_abs_diff,
             "wall_s": dict(self.wall_s),
@@ -133,8 +129,6 @@ class LoopState:
             archive=Archive.restore(snapshot["archive"]),
             num_verdicts=snapshot["num_verdicts"],
             num_asked=snapshot["num_asked"],
-            num_pairs=snapshot["num_pairs"],
-            dropped=Counter(snapshot["dropped"]),
             gold=Counter(snapshot["gold"]),
             parity_max_abs_diff=snapshot["parity_max_abs_diff"],
             wall_s=dict(snapshot["wall_s"]),
