@@ -96,8 +96,8 @@ def test_a_response_of_another_query_keeps_its_own() -> None:
         responses={row.response_id: row for row in rows},
     )
     assert [(item.response.response_id, item.query.query_id) for item in rollouts.judged()] == [
-        ("a", "q1"),
         ("b", "q0"),
+        ("a", "q1"),
     ]
 
 
