@@ -8,6 +8,8 @@
     elenchus plan CONFIG.toml …        what a run would take and write, and whether it fits; starts nothing
     elenchus doctor                    what is wrong with this machine, and the command that mends it
     elenchus sql NAME "select …"       query what a run has recorded
+    elenchus scale critic 4 --run NAME replicas for a role, while the run goes on
+    elenchus manifest NAME --kuberay   what Kubernetes is to be told to run it
     elenchus completion bash           completion for your shell
 
 Exit codes: 0 done, 2 the user's input, 1 ours. Imports what a command needs only when it runs, so that help is quick.
@@ -151,6 +153,46 @@ class Sql:
     """Rows that a table shows; csv and json write all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Set how many replicas a role's pool is to have, at once, or when the run is resumed. Does not wait for them."""
+
+    role: tyro.conf.Positional[Literal["attacker", "rollouts", "critic"]]
+    """Whose pool."""
+    replicas: tyro.conf.Positional[str]
+    """How many, 1 or more; "auto" leaves it to the config again."""
+    run: str
+    """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Print what Kubernetes is to be told to begin a run of a config, or to go on with a run. Starts nothing.
+
+    For KubeRay: a RayJob whose pods are sized as `elenchus plan` counts. There is no RayService yet: it follows with
+    the endpoint. docs/cluster.md says what the cluster needs.
+    """
+
+    what: tyro.conf.Positional[tuple[str, ...]] = ()
+    """TOML files of a new run, or the name of one that is to go on; none begins a run of the defaults."""
+    kuberay: tyro.conf.FlagCreatePairsOff[bool] = False
+    """For KubeRay; must be said."""
+    name: str | None = None
+    """A new run's name, instead of the config's."""
+    seed: int | None = None
+    """Fixes every draw of a new run, instead of the config's."""
+    runs_dir: Path = Path("runs")
+    """Where runs are, of which one is to go on."""
+    image: str | None = None
+    """Name of the container image; by default the one that docker/ builds for the config's devices."""
+    volume_claim: str = "elenchus"
+    """PersistentVolumeClaim that all pods can write to; /data in every pod, from where relative paths count."""
+    max_critics: int | None = None
+    """Most critics that the cluster may grow for; by default critic.autoscale.max, or twice those of the start."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """Print the script by which your shell completes elenchus.
@@ -163,7 +205,7 @@ class Completion:
     """Your shell."""
 
 
-COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | Sql | Completion]] = {
+COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | Sql | Scale | Manifest | Completion]] = {
     "demo": Demo,
     "run": Run,
     "resume": Resume,
@@ -172,9 +214,11 @@ COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | S
     "plan": Plan,
     "doctor": Doctor,
     "sql": Sql,
+    "scale": Scale,
+    "manifest": Manifest,
     "completion": Completion,
 }
-CONFIGURED = ("demo", "run", "plan")
+CONFIGURED = ("demo", "run", "plan", "manifest")
 """Commands that take config flags."""
 NAMED = ("resume", "chat", "report", "sql")
 """Commands whose first word is a run's name."""
@@ -188,6 +232,8 @@ Command: TypeAlias = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Sql, tyro.conf.subcommand("sql")]
+    | Annotated[Scale, tyro.conf.subcommand("scale")]
+    | Annotated[Manifest, tyro.conf.subcommand("manifest")]
     | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
 
@@ -339,11 +385,15 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _doctor(command)
         case Sql():
             return _sql(command)
+        case Scale():
+            return _scale(command)
+        case Manifest():
+            return _manifest(command, flags=flags)
         case Completion():
             return _completion(command)
 
 
-def _run_flags(command: Run | Plan) -> Flags:
+def _run_flags(command: Run | Plan | Manifest) -> Flags:
     flags = []
     if command.name is not None:
         flags.append(("name", json.dumps(command.name)))
@@ -449,6 +499,21 @@ def _report(command: Report) -> int:
     return 0
 
 
+def _scale(command: Scale) -> int:
+    from cluster.scaling import AUTO, read_pools, write_wanted
+
+    said = command.replicas
+    if said != AUTO and not (said.isascii() and said.isdigit() and int(said) >= 1):
+        raise UsageError(f'elenchus scale: got "{said}" replicas, wanted a number, at least 1, or "{AUTO}"')
+    run_dir = _run_dir(command.run, runs_dir=command.runs_dir)
+    write_wanted(run_dir, command.role, None if said == AUTO else int(said))
+    pool = read_pools(run_dir).get(command.role)
+    stood = f"it had {pool['ready']} ready of {pool['wanted']}" if pool else "it is not up yet"
+    wanted = "what its config says" if said == AUTO else said
+    print(f"{command.role}: wanted {wanted}; {stood}. {run_dir / 'pools.json'} says when they are ready, or why not")
+    return 0
+
+
 def _plan(command: Plan, *, flags: Flags) -> int:
     from cluster.machine import this_machine
     from cluster.ray_config import address_to_join
@@ -512,6 +577,31 @@ def _sql(command: Sql) -> int:
     with JournalQueries(run_dir) as journal:
         result = journal.listing() if command.query is None else journal.query(command.query)
         write_rows(sys.stdout, result.columns, result.rows, format=command.format, max_rows=command.max_rows)
+    return 0
+
+
+def _manifest(command: Manifest, *, flags: Flags) -> int:
+    if not command.kuberay:
+        raise UsageError("elenchus manifest: got no --kuberay, wanted it: say for what, and that is the one there is")
+    from cluster.scaling import read_wanted
+    from serve.manifest import Target, resume_manifest, run_manifest
+    from trainers.run_config import load_run_config, read_resolved
+
+    target = Target(image=command.image, volume_claim=command.volume_claim, max_critics=command.max_critics)
+    if len(command.what) != 1 or command.what[0].endswith(".toml") or Path(command.what[0]).is_file():
+        paths = [Path(word) for word in command.what]
+        config = load_run_config(paths, flags=[*_run_flags(command), *flags])
+        print(run_manifest(config, target=target), end="")
+        return 0
+    run_dir = _run_dir(command.what[0], runs_dir=command.runs_dir)
+    said = [key for key, _ in (*_run_flags(command), *flags)]
+    if said:
+        raise UsageError(
+            f"elenchus manifest: got {said[0]} beside the run {command.what[0]}, wanted the name alone: a run that has "
+            "begun goes on with its own config"
+        )
+    config = read_resolved(run_dir / "resolved.json").model_copy(update={"runs_dir": command.runs_dir})
+    print(resume_manifest(config, wanted=read_wanted(run_dir), target=target), end="")
     return 0
 
 

@@ -24,6 +24,8 @@ class EngineConfig(Config):
     """Greatest number of samples in one step."""
     kv_cache_gb: float = Field(default=0.5, gt=0)
     """GiB of KV cache on CPU; on GPU `gpu_memory_utilization` decides."""
+    num_cpus: float = Field(default=0.2, gt=0)
+    """CPUs that Ray reserves for one replica; pools may share cores, so it may be less than `threads`."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one replica's matrix products."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)

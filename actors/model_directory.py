@@ -480,7 +480,7 @@ def _commit_problems(directory: Path) -> Iterator[str]:
     run = policy.parent.parent
     if policy.parent.name != "policies" or not (run / "store.json").is_file():
         return
-    from cluster.store import committed_policy
+    from cluster.commits import committed_policy
 
     try:
         committed_policy(run, policy.name)

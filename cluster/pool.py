@@ -27,7 +27,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup
 
-from cluster.placement import release
+from cluster.placement import PlacementTimeout, release
 from cluster.pool_errors import PoolExhausted, PoolFailed
 from cluster.ray_runtime import worker_stderr
 from cluster.weight_sync import ParityFailed, WeightAnswer, Weights, parity
@@ -106,6 +106,19 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """How a pool stands to what is wanted of it."""
+
+    wanted: int
+    ready: int
+    starting: int
+    leaving: int
+    """Replicas that finish what they are at and go."""
+    why: str | None
+    """What the replicas that are wanted and not ready wait for; None when there are none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
     """A pool's state; token counts and seconds are totals over all replicas that ever were, as far as known."""
 
@@ -119,6 +132,12 @@ class PoolStats:
     """Requests that were issued again."""
     num_queued: int
     """Requests that wait for a replica."""
+    num_open: int
+    """Samples asked for and not answered yet."""
+    num_answered: int
+    """Samples answered since the pool began."""
+    why: str | None
+    """What the replicas that are wanted and not ready wait for; None when there are none."""
     version: str | None
     """None before the first sync."""
     num_generated_tokens: int
@@ -268,6 +287,9 @@ class Pool(Generic[Req, Res]):
         self._dying: list[tuple[float, psutil.Process]] = []
         self._num_lost = 0
         self._num_retried = 0
+        self._num_answered = 0
+        self._shortfall: str | None = None
+        """Why the last start did not succeed; None after one that did."""
         self._retired = EngineStats(num_generated_tokens=0, num_prompt_tokens=0, busy_s=0.0, num_running=0)
 
     # ------------------------------------------------------------------------------------------------------ public
@@ -346,6 +368,16 @@ class Pool(Generic[Req, Res]):
         self._next_start = 0.0
         self._wakeup.set()
 
+    def readiness(self) -> Readiness:
+        """Return how the pool stands to what is wanted of it, without asking anybody."""
+        return Readiness(
+            wanted=self._wanted,
+            ready=len(self._in_state(_State.READY)),
+            starting=len(self._in_state(_State.STARTING)),
+            leaving=len(self._in_state(_State.DRAINING)),
+            why=self._why(),
+        )
+
     async def stats(self) -> PoolStats:
         """Ask every ready replica what it has done and return the pool's totals."""
         answers = await self.fanout(lambda actor: actor.stats.remote(), timeout_s=self._canary_timeout_s)
@@ -363,6 +395,9 @@ class Pool(Generic[Req, Res]):
             num_lost=self._num_lost,
             num_retried=self._num_retried,
             num_queued=len(self._queue),
+            num_open=sum(len(work.missing) for route in self._routes for work in route.open.values()),
+            num_answered=self._num_answered,
+            why=self._why(),
             version=None if self.current is None else self.current[0].version,
             num_generated_tokens=sum(stats.num_generated_tokens for stats in latest),
             num_prompt_tokens=sum(stats.num_prompt_tokens for stats in latest),
@@ -617,6 +652,7 @@ class Pool(Generic[Req, Res]):
                 work.reason = f"sample {result.sample_index} ended with {result.finish_reason!r}"
                 continue
             work.missing.remove(result.sample_index)
+            self._num_answered += 1
             fresh.setdefault(work.route, []).append(result)
             if not work.missing:
                 del call.open[result.request_id]
@@ -703,6 +739,18 @@ class Pool(Generic[Req, Res]):
                     self._lose(member, reason="its weights were withdrawn, and there are none before them")
                     return
                 await self._take_weights(member, weights, timeout_s=self._ready_timeout_s)
+        except PlacementTimeout as error:
+            if member.state is _State.GONE:
+                return
+            if not self._started:
+                self._start_failed(member, error, blameless=False)
+                return
+            # No fault of the replica's: it is wanted, so it goes on asking for room.
+            self._shortfall = str(error)
+            logger.warning("pool %s: replica %d waits: %s", self.name, member.replica_id, error)
+            self._stop(member)
+            self._wakeup.set()
+            return
         except (*REMOTE_ERRORS, ParityFailed) as error:
             if member.state is not _State.GONE:
                 self._start_failed(member, error, blameless=weights not in (None, self.current))
@@ -718,6 +766,7 @@ class Pool(Generic[Req, Res]):
         member.may_answer.set()
         self._was_ready = True
         self._failed_starts = 0
+        self._shortfall = None
         logger.info("pool %s: replica %d ready in %.1f s", self.name, member.replica_id, time.monotonic() - started)
         self._notify()
         self._wakeup.set()
@@ -729,6 +778,7 @@ class Pool(Generic[Req, Res]):
         if blameless and self._was_ready:
             return
         self._failed_starts += 1
+        self._shortfall = reason
         self._next_start = time.monotonic() + min(30.0, 0.25 * 2.0**self._failed_starts)
         # A constructor that fails on the very first start will fail again: a missing model, a wrong setting.
         hopeless = not self._was_ready and isinstance(error, RayActorError) and error.actor_init_failed
@@ -825,6 +875,14 @@ class Pool(Generic[Req, Res]):
             return error
         except REMOTE_ERRORS as error:
             return error
+
+    def _why(self) -> str | None:
+        ready = len(self._in_state(_State.READY))
+        if ready >= self._wanted:
+            return None
+        gave_up = self._failed_starts > self._max_restarts
+        waits = "given up" if gave_up else "starting" if self._in_state(_State.STARTING) else "waiting to start again"
+        return f"{waits}; the last start: {self._shortfall}" if self._shortfall else waits
 
     def _in_state(self, state: _State) -> list[_Member[Req, Res]]:
         return [member for member in self._members.values() if member.state is state]

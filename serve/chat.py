@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.chat import Tokenizer, decode, encode_chat, load_tokenizer
 from actors.domains import Domain, domain_called
-from cluster.store import committed_policy, last_commit
+from cluster.commits import committed_policy, last_commit
 from trainers.run_config import read_resolved
 
 

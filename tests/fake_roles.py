@@ -252,10 +252,12 @@ class AttackerPool(FakeRolePool):
 class RolloutPool(FakeRolePool):
     """The learner's model, with the weights last synced."""
 
+    answer: Callable[[GenerationRequest, Weights], str] = staticmethod(write_answer_with_skill)
+
     def say(self, request: GenerationRequest) -> Completion:
         """Return an answer."""
         version, weights = self.held
-        text = write_answer_with_skill(request, weights)
+        text = self.answer(request, weights)
         return spoken(text, request_id=request.request_id, weight_version=version)
 
 
@@ -447,6 +449,8 @@ class Settings:
     critic: FakeCritic = field(default_factory=FakeCritic)
     arrival_seed: int = 0
     loads: bool = True
+    answer: Callable[[GenerationRequest, Weights], str] = write_answer_with_skill
+    """What the learner answers with its weights."""
     losing: frozenset[str] = frozenset()
     """Names of the pools that lose a tenth of their requests."""
 
@@ -501,6 +505,7 @@ def fake_run(
     )
     critic = CriticPool("critic", events=events, arrival_seed=settings.arrival_seed)
     critic.critic = settings.critic
+    rollouts.answer = settings.answer  # type: ignore[method-assign]
     for pool in (attacker, rollouts, critic):
         pool.losing = settings.losing
     queue = ExpertQueue(path / "labels" / "queue.sqlite3")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.store import last_commit, read_stage
+from cluster.commits import last_commit
+from cluster.store import read_stage
 from trainers.summary import read_metrics, read_summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent

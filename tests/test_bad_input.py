@@ -20,7 +20,8 @@ import pytest
 
 import elenchus
 from cluster.config import SECRET_KEY, describe
-from cluster.store import RunStore, digest_directory
+from cluster.durable_files import digest_directory
+from cluster.store import RunStore
 from trainers.base_model import write_base_model
 from trainers.loop_state import STAGES
 from trainers.preflight import machine_problems, model_record

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import elenchus
-from cluster.store import RunStore, digest_directory
+from cluster.durable_files import digest_directory
+from cluster.store import RunStore
 from serve.console import RunConsole
 from trainers.base_model import write_base_model
 from trainers.driver import Stopped

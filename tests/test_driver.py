@@ -19,7 +19,8 @@ import pytest
 from actors.domains import Purpose
 from actors.domains.arithmetic import ArithmeticChecker, split_of
 from actors.records import PreferencePair, Proposal, Query, Response, Verdict, from_table
-from cluster.store import last_commit, read_stage
+from cluster.commits import last_commit
+from cluster.store import read_stage
 from tests.fake_roles import DOMAIN, RUN, FakeCritic, FakeRun, Settings, fake_run, pass_by, write_blank_run
 from trainers.driver import Stopped
 from trainers.loop_state import STAGES, Rollouts

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from actors.records import PreferencePair, from_table
-from cluster.store import last_commit, read_log, read_stage
-from tests.sitting import Sitting, finished
+from actors.records import PreferencePair, Response, from_table
+from cluster.append_log import read_log
+from cluster.commits import last_commit
+from cluster.scaling import read_pools, write_wanted
+from cluster.store import read_stage
+from tests.sitting import NUM_QUERIES, NUM_SAMPLES, Sitting, finished
+from trainers.loop_state import Rollouts
 from trainers.run_config import read_resolved
+from trainers.summary import read_metrics
 from trainers.training_group import ModelSource, TrainingGroup, TrainingPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,8 +45,13 @@ def replayed(run: Path, *, target: Path) -> Path:
             for iteration in range(1, config.loop.iterations + 1):
                 table = read_stage(run, "pairs", iteration=iteration)
                 assert table.num_rows > 0, f"no pairs in iteration {iteration}: nothing was trained"
+                pairs = from_table(table, PreferencePair)
+                rollouts = Rollouts.of(
+                    {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")}
+                )
                 plan = TrainingPlan.of(
-                    [pair.pair_id for pair in from_table(table, PreferencePair)],
+                    [pair.pair_id for pair in pairs],
+                    keys=[rollouts.place(pair) for pair in pairs],
                     batch_size=config.learner.training.batch_size,
                     epochs=config.loop.epochs,
                     seed=config.seed * 1_000 + iteration,
@@ -94,6 +105,46 @@ def test_a_run_killed_in_training_resumes_and_replays(
     assert kept[-1] == "pairs"
     run = home / "runs" / "in-training"
     assert_same_weights(replayed(run, target=tmp_path / "replayed"), run / "policies" / "v000002")
+
+
+def wait_for_pools(run: Path, sitting: Sitting, *, timeout_s: float = 180.0, **ready: int) -> None:
+    """Wait until the pools have so many replicas ready and none on its way in or out; the run must go on meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert sitting.process.poll() is None, sitting.output[-3000:]
+        pools = read_pools(run) if run.is_dir() else {}
+        if pools and all(
+            (pools[name]["ready"], pools[name]["starting"], pools[name]["leaving"]) == (num, 0, 0)
+            for name, num in ready.items()
+        ):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"after {timeout_s:g} s the pools stand at {read_pools(run)}, wanted {ready}")
+
+
+def test_pools_grow_and_shrink_while_the_run_goes_on(home: Path, sit: Callable[..., Sitting]) -> None:
+    run = home / "runs" / "scaled"
+    sitting = sit("run", "tiny.toml", "--name", "scaled", "--loop.iterations", "500")
+    # The first run of the session trains the base model.
+    wait_for_pools(run, sitting, timeout_s=600.0, critic=1, rollouts=1)
+    for critic, rollouts in ((2, 2), (1, 3), (1, 1)):
+        write_wanted(run, "critic", critic)
+        write_wanted(run, "rollouts", rollouts)
+        wait_for_pools(run, sitting, critic=critic, rollouts=rollouts)
+    sitting.process.send_signal(signal.SIGINT)
+    assert sitting.end() == 0, sitting.output[-3000:]
+    rows = read_metrics(run)
+    assert len(rows) >= 2
+    assert [row.iteration for row in rows] == list(range(1, len(rows) + 1))
+    # Nothing was lost, nothing made twice, and every replica that ever answered had the weights' log-probs.
+    for row in rows:
+        assert row.lost == {}
+        assert row.parity_max_abs_diff is not None
+        assert row.parity_max_abs_diff <= 1e-4
+        answers = from_table(read_stage(run, "responses", iteration=row.iteration), Response)
+        assert len({answer.response_id for answer in answers}) == len(answers) == NUM_QUERIES * NUM_SAMPLES
+        assert {answer.policy_version for answer in answers} == {f"v{row.iteration - 1}"}
+        assert read_stage(run, "critiques", iteration=row.iteration).num_rows == len(answers)
 
 
 def test_an_attacker_that_was_hardly_trained_ends_the_run_with_one_clear_line(

@@ -27,7 +27,8 @@ from actors.model_directory import (
     fingerprint,
     num_parameters,
 )
-from cluster.store import RunStore, digest_directory
+from cluster.durable_files import digest_directory
+from cluster.store import RunStore
 from tests.tiny_models import write_gpt2, write_qwen2
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.loop_state import STAGES

@@ -276,9 +276,10 @@ def test_a_replica_reserves_what_the_session_reserves_for_it(monkeypatch: pytest
 
     monkeypatch.setattr(session, "start_engine_replica", start)
     monkeypatch.setattr(session, "Pool", pool)
-    made = session._pool("critic", EngineConfig(model="m"), num_replicas=1, log_path=tmp_path / "log")
+    engine = EngineConfig(model="m", num_cpus=0.7)
+    made = session._pool("critic", engine, num_replicas=1, log_path=tmp_path / "log")
     made(0)
-    assert asked["num_cpus"] == trainers.plan.REPLICA_CPUS
+    assert asked["num_cpus"] == 0.7
 
 
 def test_cores_are_counted_as_ray_counts_them(tmp_path: Path) -> None:

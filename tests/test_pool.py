@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.placement import PlacementTimeout
 from cluster.pool import Pool, Replica
 from cluster.pool_errors import PoolExhausted, PoolFailed
 from tests.fake_replica import Behaviour, FakeRequest, FakeResult, fake_starter
@@ -59,6 +60,10 @@ async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.05)
+
+
+async def as_async(value: bool) -> bool:
+    return value
 
 
 def poisoned(request: FakeRequest) -> list[FakeResult]:
@@ -275,6 +280,48 @@ def test_a_replica_that_cannot_start_fails_the_pool_at_once() -> None:
             name="fake", start_replica=fake_starter(default=Behaviour(fail_start=True)), num_replicas=1
         )
         with pytest.raises(PoolFailed, match=r"gave up after 1 failed starts.*this fake was told not to start"):
+            await pool.start()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_without_room_says_what_it_waits_for_and_comes_when_there_is_some() -> None:
+    room = asyncio.Event()
+    start_fake, asked = fake_starter(), []
+
+    def start(replica_id: int) -> Replica:
+        asked.append(replica_id)
+        if replica_id and not room.is_set():
+            time.sleep(0.05)  # as a placement group that is waited for
+            raise PlacementTimeout("placement 'critic-1' got no room within 60 s: GPU wanted 1, free 0 of 4")
+        return start_fake(replica_id)
+
+    async def scenario() -> None:
+        async with running(Pool(name="fake", start_replica=start, num_replicas=1, max_restarts=1)) as pool:
+            assert pool.readiness().why is None
+            await pool.scale(2)
+            # More often than a replica that fails may be started.
+            await until(lambda: as_async(len(asked) > 5))
+            stands = pool.readiness()
+            assert (stands.wanted, stands.ready) == (2, 1)
+            assert "GPU wanted 1, free 0 of 4" in str(stands.why)
+            # The work goes on meanwhile.
+            assert keys(await collect(pool, requests(3))) == wanted_keys(requests(3))
+            room.set()
+            await until(lambda: as_async(pool.readiness().ready == 2))
+            assert pool.readiness().why is None
+            assert (await pool.stats()).num_lost == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_finds_no_room_at_its_start_fails_with_what_is_missing() -> None:
+    def start(replica_id: int) -> Replica:
+        raise PlacementTimeout("GPU wanted 1, free 0 of 0")
+
+    async def scenario() -> None:
+        pool: FakePool = Pool(name="fake", start_replica=start, num_replicas=1, max_restarts=0)
+        with pytest.raises(PoolFailed, match="GPU wanted 1, free 0 of 0"):
             await pool.start()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The run directory survives every kill, truncation and flipped bit, or says which file is damaged where."""
+"""The run directory survives every kill and damage, or says which file is damaged where; one driver at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.store import (
-    EXIT_SYNC_FAILED,
-    AppendLog,
-    CorruptLog,
-    CorruptRun,
-    RunStore,
-    StaleLease,
-    digest_directory,
-    last_commit,
-    read_log,
-    read_stage,
-    write_json_atomic,
-)
+from cluster.append_log import CorruptLog
+from cluster.commits import CorruptRun, last_commit
+from cluster.durable_files import digest_directory
+from cluster.lease import StaleLease
+from cluster.log_records import LoggedRecord, encode_record, first_rows
+from cluster.store import RunStore, read_stage
 
 HEADER_BYTES = 20  # magic 8, salt 8, crc32 4
 RECORD_HEADER_BYTES = 12  # marker 4, length 4, crc32 4
@@ -69,175 +62,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "demo"
 
 
-# ---------------------------------------------------------------------------------------------------- append log
-
-
-@pytest.fixture
-def fifty_records(tmp_path: Path) -> tuple[list[bytes], list[int], bytes]:
-    """Return payloads, the offset at which each record begins, and the file's bytes."""
-    payloads = [f"record {number}".encode() * (number % 5) for number in range(50)]
-    log = AppendLog(tmp_path / "fifty.log")
-    for payload in payloads:
-        log.append([payload])
-    log.close()
-    offsets = [HEADER_BYTES]
-    for payload in payloads[:-1]:
-        offsets.append(offsets[-1] + RECORD_HEADER_BYTES + len(payload))
-    data = (tmp_path / "fifty.log").read_bytes()
-    assert len(data) == offsets[-1] + RECORD_HEADER_BYTES + len(payloads[-1])
-    return payloads, offsets, data
-
-
-def test_every_truncation_recovers_exactly_the_whole_records_before_it(
-    fifty_records: tuple[list[bytes], list[int], bytes], tmp_path: Path
-) -> None:
-    payloads, offsets, data = fifty_records
-    ends = [*offsets[1:], len(data)]
-    path = tmp_path / "cut.log"
-    for size_bytes in range(len(data) + 1):
-        path.write_bytes(data[:size_bytes])
-        num_whole = sum(end <= size_bytes for end in ends)
-        assert read_log(path).payloads == payloads[:num_whole], size_bytes
-
-
-def test_every_flipped_bit_is_named_or_costs_the_last_record_alone(
-    fifty_records: tuple[list[bytes], list[int], bytes], tmp_path: Path
-) -> None:
-    payloads, offsets, data = fifty_records
-    path = tmp_path / "flipped.log"
-    for position in range(len(data)):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << (position * 5 % 8)
-        path.write_bytes(damaged)
-        if position >= offsets[-1]:
-            assert read_log(path).payloads == payloads[:-1], position
-            continue
-        hit = max((offset for offset in offsets if offset <= position), default=0)
-        with pytest.raises(CorruptLog, match=f"flipped.log: .* at offset {hit}[ ,]"):
-            read_log(path)
-
-
-def test_a_log_goes_on_after_its_torn_tail_was_cut(
-    fifty_records: tuple[list[bytes], list[int], bytes], tmp_path: Path
-) -> None:
-    payloads, offsets, data = fifty_records
-    path = tmp_path / "torn.log"
-    for size_bytes in (0, 7, HEADER_BYTES, offsets[10] + 3, len(data) - 1):
-        path.write_bytes(data[:size_bytes])
-        log = AppendLog(path)
-        num_whole = len(log.payloads())
-        log.append([b"new", b"newer"])
-        assert log.payloads() == [*payloads[:num_whole], b"new", b"newer"]
-        log.close()
-        assert read_log(path).payloads == [*payloads[:num_whole], b"new", b"newer"]
-
-
-def test_a_copy_of_a_log_inside_a_torn_record_is_not_taken_for_records(
-    fifty_records: tuple[list[bytes], list[int], bytes], tmp_path: Path
-) -> None:
-    log = AppendLog(tmp_path / "outer.log")
-    log.append([b"whole", fifty_records[2]])
-    log.close()
-    os.truncate(log.path, log.path.stat().st_size - 1)
-    assert read_log(log.path).payloads == [b"whole"]
-
-
-def test_concurrent_appends_keep_the_order_of_their_calls(tmp_path: Path) -> None:
-    async def append_all(log: AppendLog) -> None:
-        await asyncio.gather(*(log.append_async([str(number).encode()]) for number in range(300)))
-
-    log = AppendLog(tmp_path / "many.log")
-    asyncio.run(append_all(log))
-    assert log.payloads() == [str(number).encode() for number in range(300)]
-    log.close()
-
-
-def test_a_cancelled_append_is_written_all_the_same_and_harms_no_other(tmp_path: Path) -> None:
-    async def cancel_one_of_three(log: AppendLog) -> None:
-        tasks = [asyncio.create_task(log.append_async([name])) for name in (b"a", b"b", b"c")]
-        await asyncio.sleep(0)
-        tasks[1].cancel()
-        assert await asyncio.gather(*tasks[::2]) == [None, None]
-
-    log = AppendLog(tmp_path / "cancelled.log", sync=lambda _: time.sleep(0.05))
-    asyncio.run(cancel_one_of_three(log))
-    assert log.payloads() == [b"a", b"b", b"c"]
-    log.close()
-
-
-def test_records_that_wait_together_share_one_sync_of_at_most_64(tmp_path: Path) -> None:
-    num_syncs = 0
-
-    def slow_sync(_: int) -> None:
-        nonlocal num_syncs
-        num_syncs += 1
-        time.sleep(0.05)
-
-    log = AppendLog(tmp_path / "grouped.log", sync=slow_sync)  # one sync at recovery
-    for future in [log.submit([b"x"]) for _ in range(129)]:
-        future.result()
-    log.close()
-    # The first group holds what was there when the writer woke (1 to 64), the others 64: 128 in between at most.
-    assert num_syncs - 1 in (3, 4)
-
-
-def test_a_failed_sync_ends_the_process_and_acknowledges_nothing(tmp_path: Path) -> None:
-    script = """
-import os, sys
-from pathlib import Path
-from cluster.store import AppendLog
-num_calls = 0
-def sync(descriptor):
-    global num_calls
-    num_calls += 1
-    if num_calls > 2:
-        raise OSError(5, "Input/output error")
-log = AppendLog(Path(sys.argv[1]), sync=sync)
-log.append([b"first"])
-print("first acknowledged", flush=True)
-log.append([b"second"])
-print("second acknowledged", flush=True)
-"""
-    done = run_python(script, str(tmp_path / "failing.log"))
-    assert done.returncode == EXIT_SYNC_FAILED
-    assert done.stdout == "first acknowledged\n"
-    assert "fsync failed" in done.stderr
-
-
-def test_a_full_disk_is_reported_and_the_log_stays_sound(tmp_path: Path) -> None:
-    script = """
-import resource, signal, sys
-from pathlib import Path
-from cluster.store import AppendLog
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = AppendLog(Path(sys.argv[1]))
-log.append([b"small"])
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-try:
-    log.append([b"x" * 2000])
-except OSError as error:
-    print("refused", error.errno)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-log.append([b"again"])
-print(log.payloads())
-"""
-    done = run_python(script, str(tmp_path / "full.log"))
-    assert done.stdout == "refused 27\n[b'small', b'again']\n", done.stderr
-
-
-def run_python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- killing
 
 FORKING_WRITER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 import pyarrow as pa
-from cluster.store import RunStore, digest_directory
+from cluster.durable_files import digest_directory
+from cluster.store import RunStore
 
 ROWS = pa.schema([pa.field("row_id", pa.string(), nullable=False), pa.field("text", pa.string(), nullable=True)])
 
@@ -374,11 +206,25 @@ def test_the_first_row_of_an_id_wins_and_later_ones_are_counted(run: Path) -> No
         logged = store.logged(0)["responses"]
         assert ids(logged) == ["a", "b", "c"]
         assert logged.column("text").to_pylist() == ["first", "first", "second"]
-        assert store.superseded(0) == {"responses": 2}
         commit = store.commit(0, state={})
         assert commit.superseded == {"responses": ("b", "c")}
         assert commit.segments["responses"].num_rows == 3
         assert ids(store.read("responses")) == ["a", "b", "c"]
+
+
+def test_only_the_stages_asked_for_are_decoded_and_records_of_others_still_count_for_the_epoch(run: Path) -> None:
+    with make_run(run) as store:
+        append(store, "queries", rows("q"))
+        append(store, "responses", rows("r", "r"))
+        assert {stage: ids(table) for stage, table in store.logged(0, stages=["responses"]).items()} == {
+            "responses": ["r"]
+        }
+        assert store.logged(0, stages=[]) == {}
+    stale = [encode_record(LoggedRecord("responses", 0, epoch, rows(f"r{epoch}"))) for epoch in (1, 2, 1)]
+    newer = encode_record(LoggedRecord("queries", 0, 3, rows("q3")))[:64]  # its header alone: no table to decode
+    found = first_rows([*stale, newer, stale[1]], id_columns=STAGES, stages=["responses"])
+    assert ids(found.tables["responses"]) == ["r1", "r2"]
+    assert (found.num_stale_records, found.highest_epoch) == (2, 3)
 
 
 def test_none_in_a_required_field_is_refused_also_inside_lists(run: Path) -> None:
@@ -421,6 +267,7 @@ def test_iterations_are_committed_and_read_alone_and_together(run: Path) -> None
         assert ids(store.read("queries")) == ["q0", "p0", "q1", "p1", "q2", "p2"]
         assert ids(store.read("queries", iteration=1)) == ["q1", "p1"]
         assert ids(store.read("queries", iteration=3)) == ["open"]
+        assert store.read("responses", iteration=3).num_rows == 0
         assert store.read("responses").num_rows == 0
         with pytest.raises(ValueError, match="got iteration 0, wanted the open one, 3"):
             store.commit(0, state={})
@@ -432,7 +279,7 @@ def test_iterations_are_committed_and_read_alone_and_together(run: Path) -> None
         assert commit is not None
         assert commit.state == {"rng": 2}
         assert ids(store.logged(3)["queries"]) == ["open"]
-        assert store.config == {"seed": 7}
+        assert json.loads((run / "resolved.json").read_bytes()) == {"seed": 7}
 
 
 def test_a_state_that_json_cannot_hold_leaves_the_iteration_open(run: Path) -> None:
@@ -595,31 +442,6 @@ def test_an_unfinished_creation_can_be_done_again(run: Path) -> None:
     (run / "store.json").unlink()
     with make_run(run) as store:
         assert store.iteration == 0
-
-
-# ----------------------------------------------------------------------------------------------- metrics and files
-
-
-def test_metrics_are_whole_lines_of_strict_json(run: Path) -> None:
-    with make_run(run) as store:
-        store.log_metrics({"iteration": 1, "loss": float("nan"), "pool": {"tokens_per_s": 7.5}})
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 2, "lo')  # a kill
-    with RunStore.open(run) as store:
-        store.log_metrics({"iteration": 2})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["iteration"]) for line in lines] == [(1, 1), (2, 2)]
-    assert lines[0]["loss"] == "nan"
-    assert lines[0]["pool"] == {"tokens_per_s": 7.5}
-
-
-def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_json_atomic(path, {"gain": 0.2})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json_atomic(path, {"gain": float("inf")})
-    assert json.loads(path.read_text()) == {"gain": 0.2}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_environment_names_python_packages_and_processor(run: Path) -> None:

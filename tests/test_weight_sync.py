@@ -23,11 +23,11 @@ from cluster.weight_sync import (
     SyncFailed,
     WeightAnswer,
     WeightManifest,
+    checksum,
     iter_tensors,
     parity,
     put_weights,
     sync_weights,
-    verify_buckets,
 )
 from tests.fake_replica import Behaviour, FakeRequest, FakeResult, fake_starter
 
@@ -111,12 +111,25 @@ def test_buckets_close_before_the_tensor_that_would_overfill_them() -> None:
     assert [bucket.size_bytes for bucket in manifest.buckets] == [228, 100, 300]
 
 
-def test_a_bucket_is_one_flat_array_with_its_crc32() -> None:
+def test_a_bucket_is_one_flat_array_with_its_checksum() -> None:
     manifest = put_weights([("w", torch.tensor([1, 2, 3], dtype=torch.uint8))], version="v1")
     data = ray.get(manifest.buckets[0].ref)
     assert data.dtype == np.uint8
     assert data.tolist() == [1, 2, 3]
-    assert manifest.buckets[0].checksum == zlib.crc32(bytes([1, 2, 3]))
+    assert manifest.buckets[0].checksum == checksum(data) == zlib.crc32(bytes([1, 2, 3]), zlib.crc32(bytes(512)))
+
+
+def test_the_checksum_notices_what_may_happen_to_bytes() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 10 * 512 + 77, dtype=np.uint8)
+    wrong = {"moved": np.roll(data, 8), "cut": data[:-8], "exchanged": data.copy(), "zeroed": data.copy()}
+    wrong["exchanged"][0:8], wrong["exchanged"][8:16] = data[8:16], data[0:8]
+    wrong["zeroed"][1024:1536] = 0
+    for position in (0, 511, 512, 10 * 512 - 1, 10 * 512, data.size - 1):
+        for bit in range(8):
+            flipped = data.copy()
+            flipped[position] ^= 1 << bit
+            wrong[f"bit {bit} of byte {position}"] = flipped
+    assert [what for what, other in wrong.items() if checksum(other) == checksum(data)] == []
 
 
 def test_a_tensor_may_be_overwritten_once_the_next_is_asked_for() -> None:
@@ -140,8 +153,6 @@ def test_a_flipped_bit_is_a_corrupt_bucket_that_names_the_bucket() -> None:
     manifest = corrupted(published("v7")[0])
     with pytest.raises(CorruptBucket, match="v7: bucket 0 of 1 has checksum"):
         list(iter_tensors(manifest))
-    with pytest.raises(CorruptBucket, match="bucket 0"):
-        verify_buckets(manifest)
 
 
 def test_a_spec_beyond_its_bucket_is_corrupt() -> None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.store import FileDigest, digest_file, sync_path, write_json_atomic
+from cluster.durable_files import FileDigest, digest_file, sync_path, write_json_atomic
 from cluster.weight_sync import WeightManifest, put_weights
 from trainers.batches import (
     MicroBatch,

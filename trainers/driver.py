@@ -42,9 +42,10 @@ from actors.records import (
 )
 from actors.rollout import Rollout
 from cluster.config import Config
+from cluster.durable_files import FileDigest, digest_directory
 from cluster.pool import Pool
 from cluster.pool_errors import PoolExhausted
-from cluster.store import FileDigest, RunStore, digest_directory
+from cluster.store import RunStore
 from cluster.weight_sync import ParityProbe, SyncReport, sync_weights
 from trainers import evaluation
 from trainers.evaluation import (
@@ -270,7 +271,7 @@ class Driver:
 
     async def _judge(self, iteration: int, rollouts: Rollouts) -> list[Verdict]:
         """Return the verdicts: the critic's, and experts' for the least trusted, within their budget."""
-        logged = self._store.logged(iteration)
+        logged = self._store.logged(iteration, stages=("verdicts",))
         if "verdicts" in logged:
             return from_table(logged["verdicts"], Verdict)
         with self._clock.stage("judge"):
@@ -292,7 +293,7 @@ class Driver:
             run=self._run,
             tokens_spanning=self._config.tokens_spanning,
         )
-        logged = self._store.logged(iteration)
+        logged = self._store.logged(iteration, stages=("pairs",))
         if "pairs" in logged:
             pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
         else:
@@ -525,7 +526,7 @@ class Driver:
 
     def _logged_answers(self, iteration: int, name: str) -> list[EvaluationAnswer]:
         """Return an evaluation set's answers in the order of its items; they are stored all at once or not at all."""
-        logged = self._store.logged(iteration)
+        logged = self._store.logged(iteration, stages=("evaluations",))
         rows = from_table(logged["evaluations"], EvaluationAnswer) if "evaluations" in logged else []
         return sorted((row for row in rows if row.set_name == name), key=lambda row: row.item)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from actors.domains import domain_called
 from actors.engine_config import EngineConfig
+from cluster.commits import NUM_CHECKPOINTS_KEPT
 from cluster.machine import Gpu, Machine, gib, nearest_folder
 from cluster.ray_config import address_to_join
-from cluster.store import NUM_CHECKPOINTS_KEPT
 from trainers.memory_estimate import (
     BYTES,
     DRIVER_BYTES,
@@ -42,8 +42,6 @@ from trainers.memory_estimate import (
 )
 from trainers.run_config import BOOTSTRAP, RunConfig
 
-REPLICA_CPUS = 0.2
-"""Ray CPUs that a session reserves for one engine: pools share the cores."""
 WEIGHT_VERSIONS_IN_STORE = 2
 """The version that replicas hold, for one that restarts, and the next one."""
 REPORT_BYTES = 10 * MIB
@@ -272,7 +270,7 @@ def _engine_plan(role: str, engine: EngineConfig, *, count: int, shape: ModelSha
         count=count,
         model=engine.model,
         num_parameters=shape.num_parameters,
-        cpus=REPLICA_CPUS,
+        cpus=engine.num_cpus,
         gpus=_engine_gpus(engine),
         threads=engine.threads,
         memory=memory,

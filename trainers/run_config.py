@@ -32,6 +32,7 @@ from cluster.config import (
     validated,
 )
 from cluster.ray_config import RayConfig
+from cluster.scaling import AutoscaleConfig
 from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
 from trainers.loop_config import LoopConfig
@@ -65,6 +66,8 @@ class AttackerSection(Config):
 
     replicas: int = Field(default=1, ge=1)
     """Engines in the attacker's pool."""
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    """Whether, and between which bounds, their number follows the pool's queue."""
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
     sampling: AttackerConfig = AttackerConfig()
@@ -76,6 +79,8 @@ class RolloutsSection(Config):
 
     replicas: int = Field(default=1, ge=1)
     """Engines in the rollout pool."""
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    """Whether, and between which bounds, their number follows the pool's queue."""
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` must be the learner's."""
     sampling: RolloutConfig = RolloutConfig()
@@ -87,10 +92,10 @@ class CriticSection(Config):
 
     replicas: int = Field(default=1, ge=1)
     """Engines in the critic's pool."""
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    """Whether, and between which bounds, their number follows the pool's queue."""
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
-    rubric: Literal["step_marks"] = "step_marks"
-    """How the critic's prompt is written and its answer read."""
     judging: CriticConfig = CriticConfig()
     """How the critic is asked."""
 

@@ -26,9 +26,11 @@ from actors.oversight import make_oversight
 from actors.records import EvaluationAnswer, from_table
 from actors.rollout import Rollout
 from actors.rubrics import StepMarks
+from cluster.environment import git_commit
 from cluster.pool import Pool
 from cluster.ray_runtime import start_ray
-from cluster.store import RunStore, git_commit
+from cluster.scaling import Follower
+from cluster.store import RunStore
 from trainers import statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles
@@ -150,7 +152,8 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
             stop=stop,
             wall=wall,
         )
-        state = await driver.run()
+        async with _follower(config, store=store, roles=roles).following():
+            state = await driver.run()
         summary = summarise(config, store=store, state=state, base=base, gold=gold)
     write_summary(store.path, summary)
     return summary
@@ -242,11 +245,21 @@ async def _start_roles(
     )
 
 
+def _follower(config: RunConfig, *, store: RunStore, roles: Roles) -> Follower:
+    attacker, rollouts, critic = config.attacker, config.rollouts, config.critic
+    return Follower(
+        store.path,
+        roles.pools,
+        configured={"attacker": attacker.replicas, "rollouts": rollouts.replicas, "critic": critic.replicas},
+        autoscale={"attacker": attacker.autoscale, "rollouts": rollouts.autoscale, "critic": critic.autoscale},
+    )
+
+
 def _pool(name: str, engine: EngineConfig, *, num_replicas: int, log_path: Path) -> Pool[GenerationRequest, Completion]:
     return Pool(
         name=name,
         start_replica=lambda replica_id: start_engine_replica(
-            engine, replica_id=replica_id, num_cpus=0.2, log_path=str(log_path)
+            engine, replica_id=replica_id, num_cpus=engine.num_cpus, log_path=str(log_path)
         ),
         num_replicas=num_replicas,
     )

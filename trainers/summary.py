@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from cluster.config import Config
+from cluster.durable_files import write_bytes_atomic
 from trainers.statistics import Agreement, PairedGain
 
 METRICS_FILE = "metrics.jsonl"
@@ -330,13 +331,13 @@ def read_metrics(run_dir: Path) -> list[IterationMetrics]:
 def rewind_metrics(run_dir: Path, *, last_iteration: int) -> None:
     """Drop the rows after the last committed iteration, as a resumed run writes them again."""
     kept = [row for row in read_metrics(run_dir) if row.iteration <= last_iteration]
-    _replace(run_dir / METRICS_FILE, b"".join(row.model_dump_json().encode() + b"\n" for row in kept))
+    write_bytes_atomic(run_dir / METRICS_FILE, b"".join(row.model_dump_json().encode() + b"\n" for row in kept))
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
     """Write `summary.json` at once or not at all, and return its path."""
     path = run_dir / SUMMARY_FILE
-    _replace(path, json.dumps(summary.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n")
+    write_bytes_atomic(path, json.dumps(summary.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n")
     return path
 
 
@@ -364,12 +365,3 @@ def _cut_torn_line(path: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole != len(content):
         os.truncate(path, whole)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -22,9 +22,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from cluster.config import Config
+from cluster.durable_files import FileDigest
 from cluster.placement import inside, place_gang, release
 from cluster.ray_runtime import worker_stderr
-from cluster.store import FileDigest
 from cluster.weight_sync import WeightManifest
 from trainers.batches import PlannedStep, Slot, TrainingPlan
 from trainers.deepspeed_worker import (
