@@ -33,7 +33,7 @@ from actors.records import Message
 from cluster.log import quiet_libraries, start_log
 from cluster.placement import inside, place_gang
 from cluster.pool import EngineStats, Replica, ReplicaInfo
-from cluster.weight_sync import WeightAnswer, WeightManifest, iter_tensors
+from cluster.weights import WeightAnswer, WeightManifest, iter_tensors
 
 logger = logging.getLogger(__name__)
 

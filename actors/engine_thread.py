@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from actors.generation import GenerationRequest
-from cluster.weight_sync import WeightManifest
+from cluster.weights import WeightManifest
 
 logger = logging.getLogger(__name__)
 

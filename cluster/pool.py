@@ -30,7 +30,7 @@ from ray.util.placement_group import PlacementGroup
 from cluster.placement import PlacementTimeout, release
 from cluster.pool_errors import PoolExhausted, PoolFailed
 from cluster.ray_runtime import worker_stderr
-from cluster.weight_sync import ParityFailed, WeightAnswer, Weights, parity
+from cluster.weights import ParityFailed, WeightAnswer, Weights, parity
 
 logger = logging.getLogger(__name__)
 
@@ -621,7 +621,7 @@ class Pool(Generic[Req, Res]):
                 await member.may_answer.wait()
                 self._deliver(call, results)
         except RayActorError as error:
-            self._lose(member, reason=_first_line(error))
+            self._lose(member, reason=first_line(error))
             return
         except RayError as error:
             failed = error
@@ -631,7 +631,7 @@ class Pool(Generic[Req, Res]):
         left = list(call.open.values())
         self._close(call)
         if left:
-            reason = _first_line(failed) if failed else "the replica ended its answer with samples missing"
+            reason = first_line(failed) if failed else "the replica ended its answer with samples missing"
             logger.warning("pool %s: replica %d left %d requests: %s", self.name, member.replica_id, len(left), reason)
             for work in left:
                 self._retry([work], member=member, reason=work.reason or reason, alone=failed is not None)
@@ -855,7 +855,7 @@ class Pool(Generic[Req, Res]):
             await _within(self._canary_timeout_s, member.actor.check.remote())
         except REMOTE_ERRORS as error:
             silent_s = time.monotonic() - silent_since
-            self._lose(member, reason=f"no result for {silent_s:.0f} s and no canary: {_first_line(error)}")
+            self._lose(member, reason=f"no result for {silent_s:.0f} s and no canary: {first_line(error)}")
             return
         if member.last_progress == silent_since:
             member.num_stalls += 1
@@ -871,7 +871,7 @@ class Pool(Generic[Req, Res]):
         try:
             return await _within(timeout_s, call(member.actor))
         except RayActorError as error:
-            self._lose(member, reason=_first_line(error))
+            self._lose(member, reason=first_line(error))
             return error
         except REMOTE_ERRORS as error:
             return error
@@ -977,7 +977,7 @@ def _kill(process: psutil.Process) -> None:
         return
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return what happened in one line: of a remote exception its own words, of a death Ray's reason."""
     cause = getattr(error, "cause", None)
     shown = cause if isinstance(cause, Exception) else error

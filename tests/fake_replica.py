@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from cluster.pool import EngineStats, Replica, ReplicaInfo
-from cluster.weight_sync import WeightAnswer, WeightManifest, iter_tensors, probe_rows
+from cluster.weights import WeightAnswer, WeightManifest, iter_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class FakeReplica:
         self.version = manifest.version
         logprob = -self.total + self.behaviour.parity_error
         return WeightAnswer(
-            version=self.version, logprobs=probe_rows([[logprob] * (len(row) - 1) for row in probe_token_ids])
+            version=self.version, logprobs=tuple((logprob,) * (len(row) - 1) for row in probe_token_ids)
         )
 
     async def stats(self) -> EngineStats:

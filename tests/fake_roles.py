@@ -48,7 +48,7 @@ from actors.rubrics import StepMarks
 from cluster.config import Config
 from cluster.pool_errors import PoolExhausted
 from cluster.store import RunStore
-from cluster.weight_sync import ParityProbe, WeightAnswer, WeightManifest, parity
+from cluster.weights import ParityProbe, WeightAnswer, WeightManifest, parity
 from tests.fake_pool import spoken
 from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets

@@ -23,7 +23,7 @@ from actors.records import Message
 from cluster.placement import release
 from cluster.pool import EngineStats, Replica, ReplicaInfo
 from cluster.ray_runtime import mapped_shm, shm_files, worker_stderr
-from cluster.weight_sync import Bucket, WeightAnswer, WeightManifest, put_weights
+from cluster.weights import Bucket, WeightAnswer, WeightManifest, put_weights
 from tests.test_engine_requests import make_fake_engine
 from tests.tiny_models import char_tokenizer, perturb, write_gpt2, write_llama, write_qwen2
 

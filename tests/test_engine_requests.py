@@ -28,7 +28,7 @@ from actors.engine_thread import EngineThread, Finished, Sample
 from actors.generation import GenerationRequest, check_request, sample_seed
 from actors.model_directory import check_model_directory
 from actors.records import Message
-from cluster.weight_sync import TensorSpec, WeightManifest
+from cluster.weights import TensorSpec, WeightManifest
 from tests.tiny_models import CHARACTERS, CONTROL_TOKENS, char_tokenizer, write_gpt2, write_llama
 
 TOKENIZER = char_tokenizer()

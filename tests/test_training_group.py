@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cluster.weight_sync import iter_tensors
+from cluster.weights import iter_tensors
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.logprobs import token_logprobs
 from trainers.losses import dpo, sft

@@ -16,18 +16,17 @@ import ray
 import torch
 
 from cluster.pool import Pool
-from cluster.weight_sync import (
+from cluster.weight_sync import SyncFailed, sync_weights
+from cluster.weights import (
     CorruptBucket,
     ParityFailed,
     ParityProbe,
-    SyncFailed,
     WeightAnswer,
     WeightManifest,
     checksum,
     iter_tensors,
     parity,
     put_weights,
-    sync_weights,
 )
 from tests.fake_replica import Behaviour, FakeRequest, FakeResult, fake_starter
 

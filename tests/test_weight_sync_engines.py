@@ -20,7 +20,8 @@ from actors.engine import EngineConfig, start_engine_replica
 from actors.generation import Completion, GenerationRequest
 from actors.records import Message
 from cluster.pool import Pool, Replica
-from cluster.weight_sync import ParityProbe, SyncFailed, WeightManifest, put_weights, sync_weights
+from cluster.weight_sync import SyncFailed, sync_weights
+from cluster.weights import ParityProbe, WeightManifest, put_weights
 from tests.tiny_models import perturb, write_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]

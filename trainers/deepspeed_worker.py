@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cluster.config import Config
 from cluster.durable_files import FileDigest, digest_file, sync_path, write_json_atomic
-from cluster.weight_sync import WeightManifest, put_weights
+from cluster.weights import WeightManifest, put_weights
 from trainers.batches import (
     MicroBatch,
     Padded,

@@ -46,7 +46,8 @@ from cluster.durable_files import FileDigest, digest_directory
 from cluster.pool import Pool
 from cluster.pool_errors import PoolExhausted
 from cluster.store import RunStore
-from cluster.weight_sync import ParityProbe, SyncReport, sync_weights
+from cluster.weight_sync import SyncReport, sync_weights
+from cluster.weights import ParityProbe
 from trainers import evaluation
 from trainers.evaluation import (
     EvaluationConfig,

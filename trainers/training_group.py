@@ -25,7 +25,7 @@ from cluster.config import Config
 from cluster.durable_files import FileDigest
 from cluster.placement import inside, place_gang, release
 from cluster.ray_runtime import worker_stderr
-from cluster.weight_sync import WeightManifest
+from cluster.weights import WeightManifest
 from trainers.batches import PlannedStep, Slot, TrainingPlan
 from trainers.deepspeed_worker import (
     CorruptCheckpoint,
