@@ -1,11 +1,12 @@
 # What a fresh Linux machine needs: make, Python 3.11 or later, a C++ compiler.
 #   make demo [SEED=1] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
 #   make setup                       the environment alone                make test-slow   the slow ones
-#   make experiments [SEEDS="31 32"] the loop and its controls, hours     make help        this
+#   make experiments [SEEDS="31 32"] the loop and its controls, hours     make bench       what the parts cost, minutes
+#   make lint                        ruff and mypy                        make help        this
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow experiments lint clean
+.PHONY: help setup demo test test-slow experiments bench lint clean
 
 # The first Python that is new enough; `make PYTHON=/path/to/python3.12 …` chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -36,6 +37,9 @@ test-slow: setup
 SEEDS ?= 31 32 33 34 35
 experiments: setup
 	@$(RUN) -m benchmarks.experiments --seeds $(SEEDS)
+
+bench: setup
+	@$(RUN) -m benchmarks.bench
 
 lint: setup
 	@$(RUN) -m ruff check .
