@@ -9,6 +9,10 @@
     elenchus doctor                    what is wrong with this machine, and the command that mends it
     elenchus sql NAME "select …"       query what a run has recorded
     elenchus scale critic 4 --run NAME replicas for a role, while the run goes on
+    elenchus watch NAME                how a run stands, and what holds it up; status says it once
+    elenchus logs NAME                 what a run has logged
+    elenchus stop NAME                 end a run where nothing is lost
+    elenchus list                      the runs there are
     elenchus manifest NAME --kuberay   what Kubernetes is to be told to run it
     elenchus completion bash           completion for your shell
 
@@ -26,6 +30,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +82,59 @@ class Resume:
 
     name: tyro.conf.Positional[str]
     """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Say how a run stands, once."""
+
+    name: tyro.conf.Positional[str]
+    """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Show how a run stands until it ends: iterations, pools, the bottleneck and what widens it. Ctrl-C only leaves."""
+
+    name: tyro.conf.Positional[str]
+    """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Print what a run has logged, without its state lines."""
+
+    name: tyro.conf.Positional[str]
+    """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop a run as Ctrl-C does, at a point where nothing is lost, and wait for it.
+
+    On this machine a second stop is a second Ctrl-C: it ends the run at once.
+    """
+
+    name: tyro.conf.Positional[str]
+    """The run's name."""
+    runs_dir: Path = Path("runs")
+    """Where runs are."""
+    timeout_s: float = 600.0
+    """How long to wait for the end; the request stands all the same."""
+
+
+@dataclass(frozen=True)
+class ListRuns:
+    """List the runs of this machine."""
+
     runs_dir: Path = Path("runs")
     """Where runs are."""
 
@@ -205,10 +263,35 @@ class Completion:
     """Your shell."""
 
 
-COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | Sql | Scale | Manifest | Completion]] = {
+COMMANDS: dict[
+    str,
+    type[
+        Demo
+        | Run
+        | Resume
+        | Status
+        | Watch
+        | Logs
+        | Stop
+        | ListRuns
+        | Chat
+        | Report
+        | Plan
+        | Doctor
+        | Sql
+        | Scale
+        | Manifest
+        | Completion
+    ],
+] = {
     "demo": Demo,
     "run": Run,
     "resume": Resume,
+    "status": Status,
+    "watch": Watch,
+    "logs": Logs,
+    "stop": Stop,
+    "list": ListRuns,
     "chat": Chat,
     "report": Report,
     "plan": Plan,
@@ -220,13 +303,18 @@ COMMANDS: dict[str, type[Demo | Run | Resume | Chat | Report | Plan | Doctor | S
 }
 CONFIGURED = ("demo", "run", "plan", "manifest")
 """Commands that take config flags."""
-NAMED = ("resume", "chat", "report", "sql")
+NAMED = ("resume", "status", "watch", "logs", "stop", "chat", "report", "sql")
 """Commands whose first word is a run's name."""
 
 Command: TypeAlias = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Watch, tyro.conf.subcommand("watch")]
+    | Annotated[Logs, tyro.conf.subcommand("logs")]
+    | Annotated[Stop, tyro.conf.subcommand("stop")]
+    | Annotated[ListRuns, tyro.conf.subcommand("list")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
@@ -375,6 +463,16 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _run(paths=command.configs, flags=[*_run_flags(command), *flags])
         case Resume():
             return _resume(command)
+        case Watch():
+            return _watch(command)
+        case Logs():
+            return _logs(command)
+        case Stop():
+            return _stop(command)
+        case Status():
+            return _status(command)
+        case ListRuns():
+            return _list(command)
         case Chat():
             return _chat(command)
         case Report():
@@ -625,6 +723,118 @@ def _completion(command: Completion) -> int:
     )
     print(script, end="")
     return 0
+
+
+# ---------------------------------------------------------------------- runs elsewhere
+
+
+def _status(command: Status) -> int:
+    print(_local_state(_run_dir(command.name, runs_dir=command.runs_dir)))
+    return 0
+
+
+def _local_state(run_dir: Path) -> str:
+    from cluster.lease import holder
+    from serve.watch import table
+    from trainers.live import read_live
+
+    state = read_live(run_dir)
+    if state is None:
+        return f"● {run_dir.name}: {'starting' if holder(run_dir) else 'not running; it has not told how it stands'}"
+    if holder(run_dir) is None:
+        # A kill leaves the file as it was.
+        state = state.model_copy(update={"ended": True})
+    return table(state, now=time.time())
+
+
+def _watch(command: Watch) -> int:
+    try:
+        _watch_here(_run_dir(command.name, runs_dir=command.runs_dir))
+    except KeyboardInterrupt:
+        print("\nleft; the run goes on", file=sys.stderr)
+    return 0
+
+
+def _watch_here(run_dir: Path) -> None:
+    from cluster.lease import holder
+    from serve.terminal import redrawn
+
+    with redrawn(sys.stdout) as draw:
+        while True:
+            alive = holder(run_dir) is not None
+            draw(_local_state(run_dir))
+            if not alive:
+                return
+            time.sleep(1.0)
+
+
+def _logs(command: Logs) -> int:
+    from serve.watch import plain_log
+
+    path = _run_dir(command.name, runs_dir=command.runs_dir) / "elenchus.log"
+    for line in plain_log(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []):
+        print(line)
+    return 0
+
+
+def _stop(command: Stop) -> int:
+    run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+    import socket
+
+    import psutil
+
+    from cluster.lease import holder
+    from trainers.run_config import read_resolved
+
+    config = read_resolved(run_dir / "resolved.json").model_copy(update={"runs_dir": command.runs_dir})
+    found = holder(run_dir)
+    if found is None:
+        print(f"● {command.name}: not running; it stands {_progress_made(config)}")
+        return 0
+    if found.host != socket.gethostname():
+        raise UsageError(
+            f"elenchus stop: got {command.name}, which runs on {found.host} (pid {found.pid}), wanted a run of this "
+            "machine: say it there"
+        )
+    lease = str((run_dir / "LEASE").resolve())
+    try:
+        holds = lease in [file.path for file in psutil.Process(found.pid).open_files()]
+    except psutil.Error:
+        holds = False
+    if not holds:
+        # Between taking the lock and writing its name a driver leaves its predecessor's there.
+        raise UsageError(f"elenchus stop: got {command.name}, which is starting or ending, wanted a run; say it again")
+    os.kill(found.pid, signal.SIGINT)
+    deadline = time.monotonic() + command.timeout_s
+    while holder(run_dir) == found:
+        if time.monotonic() > deadline:
+            print(f"✗ {command.name} has not ended within {command.timeout_s:g} s; the request stands", file=sys.stderr)
+            return 1
+        time.sleep(0.2)
+    print(f"● {command.name}: stopped {_progress_made(config)}; continue with `elenchus resume {command.name}`")
+    return 0
+
+
+def _list(command: ListRuns) -> int:
+    from serve.terminal import write_rows
+
+    columns = ("run", "state", "iteration", "accuracy")
+    write_rows(sys.stdout, columns, _local_runs(command.runs_dir), format="table", max_rows=1_000)
+    return 0
+
+
+def _local_runs(runs_dir: Path) -> Iterator[tuple[str, str, int | None, float | None]]:
+    from cluster.commits import committed_iterations
+    from cluster.lease import holder
+    from trainers.summary import SUMMARY_FILE, read_metrics
+
+    for path in sorted(runs_dir.glob("*/store.json")):
+        run_dir = path.parent
+        committed = committed_iterations(run_dir)
+        last = max(committed, default=None)
+        accuracy = next((row.probe_accuracy for row in read_metrics(run_dir) if row.iteration == last), None)
+        state = "finished" if (run_dir / SUMMARY_FILE).is_file() else "stopped"
+        yield run_dir.name, "running" if holder(run_dir) else state, last, accuracy
 
 
 def _chat(command: Chat) -> int:

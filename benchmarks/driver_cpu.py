@@ -156,7 +156,7 @@ async def _run(config: RunConfig, path: Path, *, clock: IterationClock, num_quer
 
 def propose(request: GenerationRequest) -> Completion:
     """Return what the fake attacker writes."""
-    return spoken(write_query(request), request_id=request.request_id)
+    return spoken(write_query(request, num_problems=100_000), request_id=request.request_id)
 
 
 def answer(request: GenerationRequest) -> Completion:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.durable_files import sync_or_exit, sync_path
 
@@ -92,6 +92,29 @@ class Lease:
             logger.warning("%s: unreadable lease ignored", self.path)
             return {}
         return holder if isinstance(holder, dict) else {}
+
+
+class Holder(NamedTuple):
+    """Who is at a run."""
+
+    pid: int
+    host: str
+
+
+def holder(run: Path) -> Holder | None:
+    """Return who is at a run now; None when nobody is, or somebody who has not said yet who they are."""
+    try:
+        descriptor = os.open(run / "LEASE", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        said = json.loads(os.pread(descriptor, _LEASE_BYTES, 0).strip() or b"{}")
+        return Holder(said["pid"], said["host"]) if "pid" in said else None
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def _active(run: Path, holder: Mapping[str, Any]) -> str:

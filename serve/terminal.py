@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from decimal import Decimal
 from itertools import islice
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from cluster.machine import gib
 
@@ -60,6 +63,25 @@ def _show(stream: TextIO, *parts: RenderableType) -> None:
         for part in parts:
             console.print(part)
     stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+@contextmanager
+def redrawn(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """Give what shows a text in the place of the last one on a terminal; elsewhere below it, when it differs."""
+    if stream.isatty():
+        with Live(console=_console(stream), auto_refresh=False) as live:
+            yield lambda text: live.update(Text(harmless(text)), refresh=True)
+        return
+    shown = ""
+
+    def draw(text: str) -> None:
+        nonlocal shown
+        if text != shown:
+            stream.write(f"{text}\n")
+            stream.flush()
+        shown = text
+
+    yield draw
 
 
 # --------------------------------------------------------------------------------------------------------------- rows

@@ -97,7 +97,7 @@ def draw(*parts: object) -> float:
 # ------------------------------------------------------------------------------------------------------ the models
 
 
-def write_query(request: GenerationRequest) -> str:
+def write_query(request: GenerationRequest, *, num_problems: int = 40) -> str:
     """Return a problem of the cell that was asked for, of any split; some texts are junk, some out of scope."""
     rng = random.Random(request.seed)
     kind = rng.randrange(12)
@@ -107,7 +107,7 @@ def write_query(request: GenerationRequest) -> str:
         return "1234+4321"
     cell = next(cell for cell in DOMAIN.cells() if DOMAIN.attack_messages(cell) == request.messages)
     split = rng.choice(["train", "train", "train", "probe", "sealed"])
-    return DOMAIN.seeds(cell, split=split, num=1, seed=rng.randrange(40))[0].text
+    return DOMAIN.seeds(cell, split=split, num=1, seed=rng.randrange(num_problems))[0].text
 
 
 def write_answer_with_skill(request: GenerationRequest, weights: Weights) -> str:

@@ -6,9 +6,11 @@ behind; a config's own checks are done when it is read (`trainers.run_config`).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,11 @@ from typing import Any
 from actors.model_directory import check_model_directory, check_weights, context_length, fingerprint
 from cluster.config import ConfigError
 from cluster.ray_config import address_to_join
+from cluster.room import Need, Room, shortages
 from trainers.run_config import BOOTSTRAP, RunConfig
 
+ROOM_TIMEOUT_S = 10.0
+"""How long a run waits for room on a cluster before it is refused: what has just ended gives back within seconds."""
 MAX_NAMED = 4
 """Differing keys that one message names."""
 CERTAIN = ("placement:", "disk:")
@@ -59,6 +64,43 @@ def _resume_problems(config: RunConfig, *, run_dir: Path) -> Iterator[str]:
     if not wrong_models:
         yield from _changed_models(config)
         yield from (line for line in _plan_problems(config) if not line.startswith("disk:"))
+
+
+def check_room(config: RunConfig, *, room: Room) -> None:
+    """Check that a cluster that was joined has room for a run's roles.
+
+    Raises:
+        ConfigError: it lacks something, or others hold it; a line for each resource.
+    """
+    from trainers.plan import plan_run
+
+    needs = [
+        Need(role=role.role, count=role.count, cpus=role.cpus, gpus=sum(role.gpus))
+        for role in plan_run(config, machine=None).roles
+    ]
+    _raise_all(shortages(needs, room=room))
+
+
+async def await_room(
+    config: RunConfig, *, look: Callable[[], Room], note: Callable[[str], None], timeout_s: float = ROOM_TIMEOUT_S
+) -> None:
+    """Return when a cluster that was joined has room for a run's roles; others may be just giving it back.
+
+    Raises:
+        ConfigError: it has not got it in time; a line for each resource.
+    """
+    deadline = time.monotonic() + timeout_s
+    said = ""
+    while True:
+        try:
+            return check_room(config, room=look())
+        except ConfigError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if str(error) != said:
+                said = str(error)
+                note(f"waiting up to {timeout_s:g} s for room: {said}")
+        await asyncio.sleep(min(0.5, timeout_s))
 
 
 # -------------------------------------------------------------------------------------------------------------- models

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,16 +28,19 @@ from actors.records import EvaluationAnswer, from_table
 from actors.rollout import Rollout
 from actors.rubrics import StepMarks
 from cluster.environment import git_commit
+from cluster.jobs import JOB_VARIABLE
 from cluster.pool import Pool
 from cluster.ray_runtime import start_ray
+from cluster.room import cluster_room
 from cluster.scaling import Follower
 from cluster.store import RunStore
 from trainers import statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import evaluation_sets
+from trainers.live import Live
 from trainers.loop_state import STAGES, LoopState, WallClock
-from trainers.preflight import model_record
+from trainers.preflight import await_room, model_record
 from trainers.progress import Progress, StopSignal
 from trainers.run_config import BOOTSTRAP, RunConfig
 from trainers.summary import (
@@ -129,6 +133,8 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
     async with AsyncExitStack() as stack:
         runtime = start_ray(config.ray)
         stack.callback(runtime.stop)
+        if not runtime.is_local:
+            await await_room(config, look=cluster_room, note=progress.note)
         progress.note(
             f"cluster   Ray at {runtime.address}"
             + (f" · dashboard {runtime.dashboard_url}" if runtime.dashboard_url else "")
@@ -140,6 +146,14 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
         tracker = stack.enter_context(
             TensorBoardTracker(store.path, last_iteration=0 if commit is None else commit.iteration)
         )
+        live = Live(
+            Recorded(progress, tracker),
+            run=config.name,
+            run_dir=store.path,
+            iterations=config.loop.iterations,
+            before=[] if commit is None else [m for m in read_metrics(store.path) if m.iteration <= commit.iteration],
+            echo=sys.stdout if JOB_VARIABLE in os.environ else None,
+        )
         driver = Driver(
             run=config.name,
             seed=config.seed,
@@ -148,11 +162,11 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
             domain=domain,
             gold=gold,
             config=_driver_config(config, domain=domain, model=_model(config.learner.model, base)),
-            progress=Recorded(progress, tracker),
+            progress=live,
             stop=stop,
             wall=wall,
         )
-        async with _follower(config, store=store, roles=roles).following():
+        async with _follower(config, store=store, roles=roles).following(), live.looking(roles.pools):
             state = await driver.run()
         summary = summarise(config, store=store, state=state, base=base, gold=gold)
     write_summary(store.path, summary)
