@@ -82,7 +82,8 @@ def test_sets_are_the_same_for_every_run_and_differ_by_their_seed() -> None:
 def live_world(num: int) -> tuple[dict[str, Query], dict[str, Response]]:
     """Return one query, and responses of which every second is right."""
     texts = ["7+6+0=13 4+8+1=13 133", "7+6+0=13 4+8+0=12 123"]
-    return {"q": make_query("q")}, {f"r{i:04d}": make_response(f"r{i:04d}", text=texts[i % 2]) for i in range(num)}
+    rows = [make_response(f"r{i:04d}", text=texts[i % 2], sample_index=i) for i in range(num)]
+    return {"q": make_query("q")}, {row.response_id: row for row in rows}
 
 
 def test_a_live_sample_holds_the_critic_beside_truth() -> None:
