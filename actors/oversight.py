@@ -13,6 +13,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 from pydantic import Field
@@ -37,13 +38,32 @@ class OversightConfig(Config):
     """Greatest share of the critic's verdicts that experts are asked about; an answer that many gave is asked once."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Judged:
     """A response with its critiques."""
 
     query: Query
     response: Response
     critiques: tuple[Critique, ...]
+
+    @cached_property
+    def critic_verdict(self) -> Verdict:
+        """What the critiques add up to: the mean of P(good) over the readable ones.
+
+        No readable critique means no verdict: the label is None.
+        """
+        scores = [critique.score for critique in self.critiques if critique.score is not None]
+        if not scores:
+            return _verdict(self)
+        score = math.fsum(scores) / len(scores)
+        quoted = [critique.issues[0].end for critique in self.critiques if critique.parse_ok and critique.issues]
+        return _verdict(
+            self,
+            label=PASS if score >= 0.5 else FAIL,
+            score=score,
+            confidence=max(score, 1.0 - score),
+            flaw_end=min(quoted, default=None),
+        )
 
 
 class Oversight(Protocol):
@@ -59,7 +79,7 @@ class Single:
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the critic's verdicts."""
-        return [critic_verdict(item) for item in judged]
+        return [item.critic_verdict for item in judged]
 
 
 class Escalation:
@@ -67,7 +87,7 @@ class Escalation:
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the critic's verdicts, with the experts' labels in the place of the least trusted ones."""
-        verdicts = [critic_verdict(item) for item in judged]
+        verdicts = [item.critic_verdict for item in judged]
         doubts: list[tuple[float, list[int]]] = []
         for places in _copies(judged, range(len(judged))):
             confidences = [verdicts[i].confidence for i in places]
@@ -97,7 +117,7 @@ class ExpertsOnly:
             if len(drawn) + len(copies) > num_allowed:
                 break
             drawn += copies
-        return _with_experts([_unjudged(item) for item in judged], judged, drawn, ask)
+        return _with_experts([_verdict(item) for item in judged], judged, drawn, ask)
 
 
 class Majority:
@@ -111,7 +131,7 @@ class Majority:
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the majority's verdicts; a response that states no result fails, and has no vote."""
-        verdicts = [_unjudged(item) for item in judged]
+        verdicts = [_verdict(item) for item in judged]
         for places in _places_by_query(judged).values():
             results = {i: self._result(judged[i]) for i in places}
             votes = Counter(result for result in results.values() if result is not None)
@@ -178,38 +198,26 @@ def make_oversight(config: OversightConfig, *, domain: Domain, seed: int) -> Ove
             return Majority(domain)
 
 
-def critic_verdict(item: Judged) -> Verdict:
-    """Return what the critiques of one response add up to: the mean of P(good) over the readable ones.
-
-    No readable critique means no verdict: the label is None.
-    """
-    scores = [critique.score for critique in item.critiques if critique.score is not None]
-    score = math.fsum(scores) / len(scores) if scores else None
-    if score is None:
-        return _unjudged(item)
-    quoted = [critique.issues[0].end for critique in item.critiques if critique.parse_ok and critique.issues]
-    return replace(
-        _unjudged(item),
-        label=PASS if score >= 0.5 else FAIL,
-        score=score,
-        confidence=max(score, 1.0 - score),
-        flaw_end=min(quoted, default=None),
-    )
-
-
-def _unjudged(item: Judged) -> Verdict:
+def _verdict(
+    item: Judged,
+    *,
+    label: str | None = None,
+    score: float | None = None,
+    confidence: float | None = None,
+    flaw_end: int | None = None,
+) -> Verdict:
     return Verdict(
         verdict_id=lineage_id(
             "", iteration=item.query.iteration, stage="verdicts", parents=[item.response.response_id]
         ),
         query_id=item.query.query_id,
         response_id=item.response.response_id,
-        label=None,
-        score=None,
-        confidence=None,
+        label=label,
+        score=score,
+        confidence=confidence,
         source="critic",
         escalated=False,
-        flaw_end=None,
+        flaw_end=flaw_end,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from enum import StrEnum
 from functools import cache
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 R = typing.TypeVar("R")
 
@@ -85,6 +87,7 @@ class Response:
     logprobs: tuple[float, ...]
     """Nats per sampled token, of the sampling distribution."""
     policy_version: str
+    """Of the oldest weights that sampled a token of it."""
     finish_reason: str
 
 
@@ -165,6 +168,12 @@ class PreferencePair:
     chosen_id: str
     rejected_id: str
     iteration: int
+    age: int | None
+    """How many policy versions the older of the two samples is behind the weights that the pair is to train."""
+    chosen_logprobs: tuple[float, ...] | None
+    """Nats per token of `chosen_token_ids`, of the distribution that they were sampled from."""
+    rejected_logprobs: tuple[float, ...] | None
+    """Nats per token of `rejected_token_ids`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,15 +288,15 @@ def to_table(records: Iterable[R], record_type: type[R]) -> pa.Table:
     schema = schema_of(kind)
     columns = []
     for field in schema:
-        values = [_plain(getattr(row, field.name)) for row in rows]
-        for position, value in enumerate(values):
-            missing = _missing(value, field)
-            if missing is not None:
-                raise ValueError(
-                    f"{record_type.__name__}.{missing}: got None in row {position}, wanted {field.type}; "
-                    "fill the field, or declare it `| None`"
-                )
-        columns.append(pa.array(values, type=field.type))
+        column = _array([getattr(row, field.name) for row in rows], field.type)
+        missing = _missing(column, field)
+        if missing is not None:
+            name, position = missing
+            raise ValueError(
+                f"{record_type.__name__}.{name}: got None in row {position}, wanted {field.type}; "
+                "fill the field, or declare it `| None`"
+            )
+        columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -315,29 +324,51 @@ def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
     ]
 
 
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value] if value and not isinstance(value[0], int | float | str) else list(value)
-    return value
+def _array(values: Sequence[typing.Any], kind: typing.Any) -> pa.Array[typing.Any]:
+    """Return values as an array: records column by column, so that no row becomes a dict on the way."""
+    if pa.types.is_struct(kind):
+        is_missing = [value is None for value in values]
+        children = [
+            _array([None if value is None else getattr(value, part.name) for value in values], part.type)
+            for part in kind
+        ]
+        mask = pa.array(is_missing) if True in is_missing else None
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
+    if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+        ends = itertools.accumulate((0 if value is None else len(value) for value in values), initial=0)
+        items = _array([item for value in values if value is not None for item in value], kind.value_type)
+        is_missing = [value is None for value in values]
+        mask = pa.array(is_missing) if True in is_missing else None
+        return pa.ListArray.from_arrays(pa.array(ends, type=pa.int32()), items, type=kind, mask=mask)
+    return pa.array(values, type=kind)
 
 
-def _missing(value: typing.Any, field: pa.Field[typing.Any]) -> str | None:
-    """Return the dotted name of the required field that is None in a plain value, or None when all is there."""
-    if value is None:
-        return None if field.nullable else field.name
+def _missing(array: typing.Any, field: pa.Field[typing.Any]) -> tuple[str, int] | None:
+    """Return the dotted name of a required field that is null somewhere and the row of the first null, or None."""
     kind: typing.Any = field.type
-    inner: list[tuple[typing.Any, pa.Field[typing.Any]]] = []
-    if pa.types.is_list(field.type):
+    if array.null_count and not field.nullable:
+        return field.name, _first_null(array)
+    if pa.types.is_list(kind):
         item = kind.value_field
-        if item.type.num_fields == 0:
-            return field.name if None in value and not item.nullable else None
-        inner = [(each, part) for each in value for part in item.type]
-    elif pa.types.is_struct(field.type):
-        inner = [(value, part) for part in kind]
-    found = (_missing(each if each is None else each[part.name], part) for each, part in inner)
-    return next((f"{field.name}.{name}" for name in found if name is not None), None)
+        found = _missing(array.flatten(), item) if array.values.null_count or item.type.num_fields else None
+        if found is None:
+            return None
+        row: int = pc.list_parent_indices(array)[found[1]].as_py()
+        return field.name + found[0].removeprefix(item.name), row
+    if pa.types.is_struct(kind):
+        present = pa.array(range(len(array))).filter(array.is_valid()) if array.null_count else None
+        for i, part in enumerate(kind):
+            child = array.field(i)
+            found = _missing(child if present is None else child.take(present), part)
+            if found is not None:
+                row = found[1] if present is None else present[found[1]].as_py()
+                return f"{field.name}.{found[0]}", row
+    return None
+
+
+def _first_null(array: typing.Any) -> int:
+    row: int = pc.index(array.is_null(), True).as_py()
+    return row
 
 
 def _typed(value: typing.Any, annotation: object) -> object:

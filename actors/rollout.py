@@ -94,6 +94,6 @@ def _response(completion: Completion, query: Query, sample_index: int) -> Respon
         prompt_token_ids=completion.prompt_token_ids,
         token_ids=completion.token_ids,
         logprobs=completion.logprobs,
-        policy_version=completion.weight_version,
+        policy_version=completion.weight_spans[0][0] if completion.weight_spans else completion.weight_version,
         finish_reason=completion.finish_reason,
     )

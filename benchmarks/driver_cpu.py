@@ -39,6 +39,7 @@ from tests.fake_pool import spoken
 from tests.fake_roles import FakeCritic, FakeLearnerGroup, write_answer_with_skill, write_query
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
+from trainers.importance import ImportanceConfig
 from trainers.loop_state import STAGES
 from trainers.progress import Silent, StopSignal
 from trainers.run_config import RunConfig
@@ -228,6 +229,7 @@ class InstantLearnerGroup(FakeLearnerGroup):
         loss: str,
         loss_config: Config,
         plan: TrainingPlan,
+        importance: ImportanceConfig | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Return an empty report."""

@@ -117,6 +117,9 @@ def make_pairs(num: int) -> list[PreferencePair]:
                 chosen_id=f"c{name}",
                 rejected_id=f"r{name}",
                 iteration=1,
+                age=0,
+                chosen_logprobs=tuple(-rng.random() for _ in chosen),
+                rejected_logprobs=tuple(-rng.random() for _ in rejected),
             )
         )
     return pairs

@@ -102,8 +102,10 @@ def refuse_nulls(array: Any, field: pa.Field[Any], *, where: str) -> None:
         row = array.is_null().to_pylist().index(True)
         raise ValueError(f"{where}: got None in row {row}, wanted {field.type}; fill the field, or make it nullable")
     if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
-        refuse_nulls(array.flatten(), field.type.value_field, where=f"{where}[]")
+        item = field.type.value_field
+        if item.type.num_fields or array.values.null_count:
+            refuse_nulls(array.flatten(), item, where=f"{where}[]")
     elif pa.types.is_struct(field.type):
-        present = array.drop_null()
+        present = array.drop_null() if array.null_count else array
         for child in field.type:
             refuse_nulls(present.field(child.name), child, where=f"{where}.{child.name}")

@@ -28,6 +28,7 @@ from cluster.commits import (
     Commit,
     committed_iterations,
     iteration_dir,
+    iteration_of,
     newest_commit,
     prune_checkpoints,
     read_commit,
@@ -51,8 +52,28 @@ def _no_step(_: str) -> None:
     return None
 
 
+class _OpenIteration:
+    """The log of an iteration that is not committed, with what its rows look like."""
+
+    def __init__(self, run: Path, number: int, *, id_columns: Mapping[str, str], check: Callable[[], None]) -> None:
+        directory = run / "journal" / iteration_dir(number)
+        directory.mkdir(exist_ok=True)
+        sync_path(directory.parent)
+        self.log = AppendLog(directory / "append.log", check=check)
+        try:
+            logged = first_rows(self.log.payloads(), id_columns=id_columns)
+        except BaseException:
+            self.log.close()
+            raise
+        self.schemas = {stage: table.schema for stage, table in logged.tables.items()}
+        self.highest_epoch = logged.highest_epoch
+        self.accepting = True
+
+
 class RunStore:
-    """A run's directory under this process's lease: append to the open iteration, commit it, read what is committed.
+    """A run's directory under this process's lease: append to open iterations, commit them, read what is committed.
+
+    Iterations are committed one after another; rows of later ones may be appended before it is their turn.
 
     >>> store = RunStore.create(path, config={}, id_columns={"queries": "query_id"})     # doctest: +SKIP
     >>> await store.append("queries", table)                                             # doctest: +SKIP
@@ -68,7 +89,6 @@ class RunStore:
         self._id_columns = dict(id_columns)
         self._on_step = on_step
         self._lock = threading.Lock()
-        self._accepting = True
         self._last, rejected_iteration = newest_commit(path)
         if rejected_iteration is not None:
             reopen_rejected(path, rejected_iteration, id_columns=self._id_columns)
@@ -76,14 +96,15 @@ class RunStore:
         self._iteration = 0 if self._last is None else self._last.iteration + 1
         if rejected_iteration is not None:
             self._iteration = rejected_iteration
-        self._log = self._open_log()
+        self._open: dict[int, _OpenIteration] = {}
         try:
-            logged = first_rows(self._log.payloads(), id_columns=self._id_columns)
+            for number in (self._iteration, *self._logged_ahead()):
+                self._open_iteration(number)
         except BaseException:
-            self._log.close()
+            self._close_logs()
             raise
-        self._schemas = {stage: table.schema for stage, table in logged.tables.items()}
-        lease.claim(at_least=max(logged.highest_epoch, 0 if self._last is None else self._last.epoch))
+        highest_epoch = max(part.highest_epoch for part in self._open.values())
+        lease.claim(at_least=max(highest_epoch, 0 if self._last is None else self._last.epoch))
 
     @classmethod
     def create(
@@ -151,7 +172,7 @@ class RunStore:
 
     @property
     def iteration(self) -> int:
-        """The open iteration; 0 before the first commit."""
+        """The next iteration to be committed; 0 before the first commit."""
         return self._iteration
 
     @property
@@ -167,38 +188,58 @@ class RunStore:
         """Return where a policy version is exported; these are kept."""
         return self.path / "policies" / f"v{version:06d}"
 
-    async def append(self, stage: str, table: pa.Table) -> None:
-        """Add rows to the open iteration and return when they are durable.
+    async def append(self, stage: str, table: pa.Table, *, iteration: int | None = None) -> None:
+        """Add rows to an open iteration and return when they are durable.
 
         Rows whose id is already logged are kept in the log but lose to the first.
 
+        Args:
+            iteration: the next to be committed (None), or a later one.
+
         Raises:
-            ValueError: unknown stage, no id column, None in a required field, or another schema than the stage's.
+            ValueError: unknown stage, no id column, None in a required field, another schema than the stage's, or an
+                iteration that is committed.
             StaleLease: another driver has taken the run over.
             OSError: the disk refused the write; nothing of the table is in the log.
         """
-        self._refuse_invalid(stage, table)
-        if table.num_rows == 0:
+        await self.append_all({stage: table}, iteration=iteration)
+
+    async def append_all(self, tables: Mapping[str, pa.Table], *, iteration: int | None = None) -> None:
+        """Add rows of several stages together, in the order given; see `append`.
+
+        After a kill what is there is a beginning of that order.
+        """
+        number = self._iteration if iteration is None else iteration
+        self._refuse_committed(number)
+        part = self._open_iteration(number)
+        payloads = []
+        for stage, table in tables.items():
+            self._refuse_invalid(stage, table, known=part.schemas.get(stage))
+            if table.num_rows:
+                payloads.append(encode_record(LoggedRecord(stage, number, self._lease.epoch, table)))
+        if not payloads:
             return
-        record = LoggedRecord(stage, self._iteration, self._lease.epoch, table)
-        payload = encode_record(record)
         with self._lock:
-            assert self._accepting, "append during a commit: its rows would belong to neither iteration"
-            self._schemas.setdefault(stage, table.schema)
-            written = self._log.submit([payload])
+            assert part.accepting, "append during a commit: its rows would belong to neither iteration"
+            for stage, table in tables.items():
+                part.schemas.setdefault(stage, table.schema)
+            written = part.log.submit(payloads)
         await durable(written)
 
     def logged(self, iteration: int, *, stages: Collection[str] | None = None) -> dict[str, pa.Table]:
-        """Return the open iteration's rows by stage, the first per id, in journal order; only stages that have rows.
+        """Return an open iteration's rows by stage, the first per id, in journal order; only stages that have rows.
 
         Args:
             stages: those that are wanted, the others are not decoded; None means all.
 
         Raises:
-            ValueError: the iteration is not the open one.
+            ValueError: the iteration is committed.
         """
-        self._refuse_other_iteration(iteration)
-        return first_rows(self._log.payloads(), id_columns=self._id_columns, stages=stages).tables
+        self._refuse_committed(iteration)
+        part = self._open.get(iteration)
+        return (
+            {} if part is None else first_rows(part.log.payloads(), id_columns=self._id_columns, stages=stages).tables
+        )
 
     def commit(
         self,
@@ -222,16 +263,18 @@ class RunStore:
             StaleLease: another driver has taken the run over.
         """
         self._refuse_other_iteration(iteration)
+        part = self._open[iteration]
         for file in (*checkpoint, *policy):
             sync_named_file(self.path, file)
         with self._lock:
-            self._accepting = False
+            part.accepting = False
         try:
-            commit = self._write(iteration, state=state, checkpoint=tuple(checkpoint), policy=tuple(policy))
+            commit = self._write(iteration, part.log, state=state, checkpoint=tuple(checkpoint), policy=tuple(policy))
         except BaseException:
-            self._accepting = True  # still open: the caller may mend its arguments and commit again
+            part.accepting = True  # still open: the caller may mend its arguments and commit again
             raise
-        self._log.close()
+        part.log.close()
+        del self._open[iteration]
         self._last = commit
         self._on_step("committed")
         self._retire_logs()
@@ -239,9 +282,7 @@ class RunStore:
         prune_checkpoints(self.path)
         self._on_step("checkpoints pruned")
         self._iteration += 1
-        self._schemas.clear()
-        self._log = self._open_log()
-        self._accepting = True
+        self._open_iteration(self._iteration)
         return commit
 
     def last_commit(self) -> Commit | None:
@@ -250,13 +291,13 @@ class RunStore:
 
     def read(self, stage: str, *, iteration: int | None = None) -> pa.Table:
         """Return a stage's rows: of one iteration (the open one too), or (None) of all committed ones."""
-        if iteration == self._iteration and stage in self._id_columns:
+        if iteration in self._open and stage in self._id_columns:
             return self.logged(iteration, stages=(stage,)).get(stage, pa.table({}))
         return read_stage(self.path, stage, iteration=iteration)
 
     def close(self) -> None:
-        """Write what is queued and give the run free; an open iteration stays open."""
-        self._log.close()
+        """Write what is queued and give the run free; open iterations stay open."""
+        self._close_logs()
         self._lease.release()
 
     def __enter__(self) -> Self:
@@ -270,12 +311,13 @@ class RunStore:
     def _write(
         self,
         iteration: int,
+        log: AppendLog,
         *,
         state: Mapping[str, object],
         checkpoint: tuple[FileDigest, ...],
         policy: tuple[FileDigest, ...],
     ) -> Commit:
-        rows = first_rows(self._log.payloads(), id_columns=self._id_columns)
+        rows = first_rows(log.payloads(), id_columns=self._id_columns)
         self._on_step("log drained")
         segments = write_segments(self.path, iteration, rows.tables, on_step=self._on_step)
         commit = Commit(
@@ -293,11 +335,22 @@ class RunStore:
         write_commit(self.path, commit, on_step=self._on_step)
         return commit
 
-    def _open_log(self) -> AppendLog:
-        directory = self.path / "journal" / iteration_dir(self._iteration)
-        directory.mkdir(exist_ok=True)
-        sync_path(directory.parent)
-        return AppendLog(directory / "append.log", check=self._lease.check)
+    def _open_iteration(self, number: int) -> _OpenIteration:
+        with self._lock:  # a commit, in its thread, opens the next one, which an append may have opened before
+            part = self._open.get(number)
+            if part is None:
+                part = _OpenIteration(self.path, number, id_columns=self._id_columns, check=self._lease.check)
+                self._open[number] = part
+            return part
+
+    def _logged_ahead(self) -> list[int]:
+        """Return the iterations after the next to be committed whose rows were logged before the last stop."""
+        logs = (self.path / "journal").glob("iteration=*/append.log")
+        return sorted(number for log in logs if (number := iteration_of(log.parent)) > self._iteration)
+
+    def _close_logs(self) -> None:
+        for part in self._open.values():
+            part.log.close()
 
     def _retire_logs(self) -> None:
         """Remove the logs of committed iterations: their rows are in Parquet."""
@@ -311,17 +364,20 @@ class RunStore:
         if iteration != self._iteration:
             raise ValueError(f"{self.path}: got iteration {iteration}, wanted the open one, {self._iteration}")
 
-    def _refuse_invalid(self, stage: str, table: pa.Table) -> None:
+    def _refuse_committed(self, iteration: int) -> None:
+        if iteration < self._iteration:
+            raise ValueError(f"{self.path}: got iteration {iteration}, wanted an open one: {self._iteration} or later")
+
+    def _refuse_invalid(self, stage: str, table: pa.Table, *, known: pa.Schema | None) -> None:
         column = self._id_columns.get(stage)
         if column is None:
             raise ValueError(f'{self.path}: got stage "{stage}", wanted one of {", ".join(sorted(self._id_columns))}')
         if column not in table.column_names or not pa.types.is_string(table.schema.field(column).type):
             raise ValueError(f'stage {stage}: got columns {table.column_names}, wanted a string column "{column}"')
-        known = self._schemas.get(stage)
         if known is not None and not table.schema.equals(known):
             raise ValueError(
-                f"stage {stage}: got schema {_brief(table.schema)}, wanted {_brief(known)} as logged in iteration "
-                f"{self._iteration}; finish the iteration with the code that began it"
+                f"stage {stage}: got schema {_brief(table.schema)}, wanted {_brief(known)} as logged in this "
+                "iteration; finish the iteration with the code that began it"
             )
         for field in table.schema:
             required = field.with_nullable(field.nullable and field.name != column)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd  # noqa: F401 - pyarrow imports it at its first array: here once, instead of in every child
+import scipy.stats  # noqa: F401 - so do the intervals of an iteration's metrics
+import statsmodels.stats.proportion  # noqa: F401
 
 from tests.fake_roles import KillPoint, Settings, fake_run, pass_by, write_blank_run
 
@@ -47,10 +49,26 @@ def ending(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def sit(path: Path, *, arrival_seed: int, kill: str | None = None, num: int = 1, loads: bool = True) -> None:
+def sit(
+    path: Path,
+    *,
+    arrival_seed: int,
+    kill: str | None = None,
+    num: int = 1,
+    loads: bool = True,
+    max_policy_age: int = 0,
+    iterations: int = 2,
+) -> None:
     """Run one sitting, up to the kill or to the end."""
     reach = pass_by if kill is None else KillPoint(kill, num=num)
-    fake_run(path, Settings(arrival_seed=arrival_seed, loads=loads), reach=reach).finish()
+    settings = Settings(
+        arrival_seed=arrival_seed,
+        loads=loads,
+        max_policy_age=max_policy_age,
+        iterations=iterations,
+        step_s=0.01 if max_policy_age else 0.0,
+    )
+    fake_run(path, settings, reach=reach).finish()
 
 
 def run_cases(runs: Path, cases: Mapping[str, Sequence[dict[str, Any]]], *, blank: Path, report: Path) -> None:

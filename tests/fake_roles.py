@@ -52,6 +52,7 @@ from cluster.weights import ParityProbe, WeightAnswer, WeightManifest, parity
 from tests.fake_pool import spoken
 from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
+from trainers.importance import ImportanceConfig
 from trainers.loop_state import STAGES
 from trainers.losses.dpo import Config as DpoConfig
 from trainers.preferences import PreferenceConfig
@@ -297,7 +298,7 @@ def applied(weights: Weights, *, row_id: str, epoch: int, chosen: str) -> Weight
 class FakeLearnerGroup:
     """Stands for a `TrainingGroup`: weights, a record of every slot ever applied, checkpoints and exports."""
 
-    def __init__(self, *, reach: Reach = pass_by, loads: bool = True) -> None:
+    def __init__(self, *, reach: Reach = pass_by, loads: bool = True, step_s: float = 0.0) -> None:
         """`loads=False` is the broken group of a control: a resume that forgets to load the checkpoint."""
         self.weights: Weights = (-0.5, *(0.1 * i for i in range(1, NUM_WEIGHTS)))
         self.slots: list[tuple[str, int, int]] = []
@@ -306,6 +307,7 @@ class FakeLearnerGroup:
         self._num_steps = 0
         self._reach = reach
         self._loads = loads
+        self._step_s = step_s
 
     async def update(
         self,
@@ -314,6 +316,7 @@ class FakeLearnerGroup:
         loss: str,
         loss_config: Config,
         plan: TrainingPlan,
+        importance: ImportanceConfig | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Apply the slots of a plan to the weights."""
@@ -323,7 +326,7 @@ class FakeLearnerGroup:
         chosen = dict(zip(plan.row_ids, table.column("chosen").to_pylist(), strict=True))
         reports = []
         for index, step in enumerate(plan.steps):
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._step_s)
             for slot in plan.slots(index):
                 self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
                 self.slots.append((slot.row_id, slot.epoch, slot.step))
@@ -408,10 +411,12 @@ class WatchedStore(RunStore):
         store.reach = reach  # type: ignore[method-assign, assignment]
         return store
 
-    async def append(self, stage: str, table: pa.Table) -> None:
-        """Append, then tell."""
-        await RunStore.append(self, stage, table)
-        self.reach(stage, table.num_rows)
+    async def append_all(self, tables: Mapping[str, pa.Table], *, iteration: int | None = None) -> None:
+        """Append stage by stage, and tell after each: a kill may come between any two."""
+        number = self.iteration if iteration is None else iteration
+        for stage, table in tables.items():
+            await RunStore.append_all(self, {stage: table}, iteration=number)
+            self.reach(f"{stage} {number}", table.num_rows)
 
 
 class WatchedDesk(ExpertDesk):
@@ -453,6 +458,9 @@ class Settings:
     """What the learner answers with its weights."""
     losing: frozenset[str] = frozenset()
     """Names of the pools that lose a tenth of their requests."""
+    max_policy_age: int = 0
+    step_s: float = 0.0
+    """How long the learner group takes for a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -492,13 +500,13 @@ def fake_run(
 
     def tell(point: str, num: int) -> None:
         # Points inside an iteration are named with it: "responses 1", "step 2".
-        reach(point if point.startswith("commit") else f"{point} {store.iteration}", num)
+        reach(point if point.startswith("commit") or point[-1].isdigit() else f"{point} {store.iteration}", num)
 
     store = WatchedStore.of(path, reach=tell)
 
     gold = GoldLedger(checker or ArithmeticChecker(), regime="critic_expert")
     events: list[Event] = []
-    group = FakeLearnerGroup(reach=tell, loads=settings.loads)
+    group = FakeLearnerGroup(reach=tell, loads=settings.loads, step_s=settings.step_s)
     attacker = AttackerPool("attacker", events=events, arrival_seed=settings.arrival_seed)
     rollouts = RolloutPool(
         "rollouts", events=events, arrival_seed=settings.arrival_seed, published=group.published, reach=tell
@@ -565,6 +573,7 @@ def _driver_config(settings: Settings) -> DriverConfig:
         loop=LoopConfig(
             iterations=settings.iterations,
             queries_per_iteration=settings.queries_per_iteration,
+            max_policy_age=settings.max_policy_age,
             epochs=settings.epochs,
         ),
         preferences=PreferenceConfig(),

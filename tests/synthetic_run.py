@@ -240,6 +240,9 @@ def _pair(query: Query, chosen: Response, rejected: Response) -> PreferencePair:
         chosen_id=chosen.response_id,
         rejected_id=rejected.response_id,
         iteration=query.iteration,
+        age=0,
+        chosen_logprobs=chosen.logprobs,
+        rejected_logprobs=rejected.logprobs,
     )
 
 

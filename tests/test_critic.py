@@ -16,7 +16,7 @@ from actors.critic import Critic, CriticConfig
 from actors.domains import Role
 from actors.domains.arithmetic import Arithmetic, Config, write_answer, write_critique, write_flawed_answer
 from actors.generation import Completion, GenerationRequest
-from actors.oversight import Judged, critic_verdict
+from actors.oversight import Judged
 from actors.records import Critique, Query, Response
 from actors.rubrics import FAIL, PASS, StepMarks
 from tests.fake_pool import FakePool, spoken
@@ -169,7 +169,7 @@ def test_a_critique_without_the_log_probs_of_a_mark_is_missing() -> None:
 
 def test_a_missing_critique_is_no_verdict_and_never_a_low_score() -> None:
     missing = read("babble")
-    verdict = critic_verdict(Judged(query=make_query(), response=make_response(), critiques=(missing,)))
+    verdict = Judged(query=make_query(), response=make_response(), critiques=(missing,)).critic_verdict
     assert (verdict.label, verdict.score, verdict.confidence) == (None, None, None)
 
 

@@ -85,6 +85,21 @@ KILLS = {
         "queries 0 #2", "queries 1 #3", "responses 1 #9", "verdicts 1", "step 1 #3", "commit 1: manifest written"
     ),
 }
+AHEAD: dict[str, list[dict[str, Any]]] = {
+    name: [{**sitting, "max_policy_age": 1, "iterations": 4} for sitting in sittings]
+    for name, sittings in {
+        "ahead, undisturbed": [{}],
+        "ahead: first query of the next": killed_at("queries 2"),
+        "ahead: half of the next one's responses": killed_at("responses 2 #20"),
+        "ahead: the next one's pairs": killed_at("pairs 2"),
+        "ahead: in training": killed_at("step 2 #3"),
+        "ahead: in a sync": killed_at("sync 2"),
+        "ahead: in a commit": killed_at("commit 2: manifest written"),
+        "ahead: after a commit": killed_at("commit 1: committed"),
+        "ahead: thrice": killed_at("critiques 2 #9", "step 1 #2", "critiques 3 #30"),
+    }.items()
+}
+"""With `max_policy_age` 1: an iteration is prepared while the one before it is learnt."""
 BROKEN = {"forgets to load": [{"kill": "responses 2"}, {"loads": False}]}
 
 
@@ -99,7 +114,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     runs = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, "-m", "tests.driver_process", str(runs)],
-        input=json.dumps(WHOLE | KILLS | BROKEN),
+        input=json.dumps(WHOLE | KILLS | AHEAD | BROKEN),
         capture_output=True,
         text=True,
         timeout=900,
@@ -143,7 +158,8 @@ def planned_slots(run: Path, *, settings: Settings, seed: int = 3) -> list[list[
     slots: list[list[Any]] = []
     for iteration in range(1, settings.iterations + 1):
         rollouts = Rollouts.of(
-            {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")}
+            {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")},
+            iteration=iteration,
         )
         pairs = records(run, "pairs", iteration=iteration)
         plan = TrainingPlan.of(
@@ -241,6 +257,69 @@ def test_nothing_vanishes_and_nothing_is_made_twice(case: str, campaign: tuple[P
     assert num_pairs == sum(row.pairs_trained for row in metrics) > 8
     # An expert's label that was given before the kill was drawn from truth all the same.
     assert commit.state["gold"][Purpose.EXPERT] == 4
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_nothing_vanishes_and_nothing_is_made_twice_when_iterations_overlap(
+    case: str, campaign: tuple[Path, dict[str, list[int]]]
+) -> None:
+    runs, endings = campaign
+    assert endings[case] == [-9] * (len(AHEAD[case]) - 1) + [0]
+    run = runs / case
+    metrics = read_metrics(run)
+    assert [row.iteration for row in metrics] == [1, 2, 3, 4]
+    for row in metrics:
+        proposals, queries, responses, critiques, verdicts, pairs = (
+            records(run, stage, iteration=row.iteration)
+            for stage in ("proposals", "queries", "responses", "critiques", "verdicts", "pairs")
+        )
+        assert {p.query_id for p in proposals if p.outcome == "accepted"} == {q.query_id for q in queries}
+        assert len(queries) == NUM_QUERIES
+        assert Counter(r.query_id for r in responses) == {q.query_id: NUM_SAMPLES for q in queries}
+        assert {c.response_ids[0] for c in critiques} == {v.response_id for v in verdicts}
+        assert len(critiques) == len(verdicts) == NUM_QUERIES * NUM_SAMPLES
+        # Which weights a sample came from hangs on the clock; that none is older than allowed does not.
+        assert {0, 1} >= {pair.age for pair in pairs}
+        assert {0, 1} >= set(row.sample_ages)
+        assert sum(row.sample_ages.values()) == 2 * row.pairs_trained == 2 * len(pairs)
+        assert "stale" not in row.pairs_dropped
+    slots = learner_of(run, iteration=4)["slots"]
+    assert slots == planned_slots(run, settings=Settings(iterations=4))
+    commit = last_commit(run)
+    assert commit is not None
+    assert (commit.iteration, commit.superseded, commit.num_stale_records) == (4, {}, 0)
+    # 5 % of 160 verdicts; the next iteration's labels are in the next commit.
+    assert (commit.state["num_verdicts"], commit.state["num_asked"]) == (160, 8)
+    seen = [query.canonical for i in range(1, 5) for query in records(run, "queries", iteration=i)]
+    assert len(set(seen)) == len(seen)
+    assert sorted(seen) == sorted(commit.state["archive"]["seen"])
+
+
+def test_iterations_overlap_as_far_as_samples_may_age(campaign: tuple[Path, dict[str, list[int]]]) -> None:
+    ages = [set(row.sample_ages) for row in read_metrics(campaign[0] / "ahead, undisturbed")]
+    assert ages[0] == {0}
+    assert all(1 in found for found in ages[1:])
+    assert all(set(row.sample_ages) == {0} for row in read_metrics(campaign[0] / "reference"))
+
+
+def test_samples_that_are_too_old_are_dropped_and_counted(blank: Path, tmp_path: Path) -> None:
+    path, stop = Path(shutil.copytree(blank, tmp_path / RUN)), StopSignal()
+
+    def ask(reached: str, num: int) -> None:
+        if reached == "critiques 2":
+            stop.request()
+
+    with pytest.raises(Stopped):
+        fake_run(path, Settings(max_policy_age=1, iterations=3, step_s=0.02), reach=ask, stop=stop).finish()
+    assert (commit := last_commit(path)) is not None
+    assert commit.iteration == 1, "what is being learnt is committed before the stop"
+    # Whoever goes on without allowing any age finds answers of v0 for an update of v1.
+    fake_run(path, Settings(iterations=3)).finish()
+    rows = read_metrics(path)
+    stale = sum(r.policy_version == "v0" for r in records(path, "responses", iteration=2))
+    assert stale > 0
+    assert [row.pairs_dropped.get("stale", 0) for row in rows] == [0, stale, 0]
+    assert all(set(row.sample_ages) <= {0} for row in rows)
 
 
 def test_a_resume_that_forgets_the_checkpoint_is_noticed(campaign: tuple[Path, dict[str, list[int]]]) -> None:

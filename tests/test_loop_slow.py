@@ -47,7 +47,8 @@ def replayed(run: Path, *, target: Path) -> Path:
                 assert table.num_rows > 0, f"no pairs in iteration {iteration}: nothing was trained"
                 pairs = from_table(table, PreferencePair)
                 rollouts = Rollouts.of(
-                    {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")}
+                    {stage: read_stage(run, stage, iteration=iteration) for stage in ("queries", "responses")},
+                    iteration=iteration,
                 )
                 plan = TrainingPlan.of(
                     [pair.pair_id for pair in pairs],

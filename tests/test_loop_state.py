@@ -58,7 +58,7 @@ def test_the_journal_gives_back_the_records_of_an_open_iteration() -> None:
         "responses": to_table([response], Response),
         "critiques": to_table([critique], Critique),
     }
-    found = Rollouts.of(logged)
+    found = Rollouts.of(logged, iteration=1)
     assert found.queries == {"q": query}
     assert found.responses == {"r": response}
     assert found.critiques == {"c": critique}
@@ -67,8 +67,8 @@ def test_the_journal_gives_back_the_records_of_an_open_iteration() -> None:
 
 
 def test_an_empty_journal_begins_with_the_first_proposal() -> None:
-    assert Rollouts.of({}).next_proposal == 0
-    assert Rollouts.of({}).judged() == []
+    assert Rollouts.of({}, iteration=1).next_proposal == 0
+    assert Rollouts.of({}, iteration=1).judged() == []
 
 
 def test_judging_goes_by_the_ids_alone() -> None:
@@ -77,6 +77,7 @@ def test_judging_goes_by_the_ids_alone() -> None:
 
     def rollouts(order: int) -> Rollouts:
         return Rollouts(
+            iteration=1,
             queries={"q": make_query("q")},
             responses={row.response_id: row for row in rows[::order]},
             critiques={critique.critique_id: critique for critique in critiques[::order]},
@@ -92,6 +93,7 @@ def test_judging_goes_by_the_ids_alone() -> None:
 def test_a_response_of_another_query_keeps_its_own() -> None:
     rows = [make_response("a", query_id="q1"), make_response("b", query_id="q0")]
     rollouts = Rollouts(
+        iteration=1,
         queries={name: replace(make_query(name), canonical=name) for name in ("q0", "q1")},
         responses={row.response_id: row for row in rows},
     )
@@ -101,7 +103,7 @@ def test_a_response_of_another_query_keeps_its_own() -> None:
     ]
 
 
-def test_stages_add_up_and_a_restart_forgets_them() -> None:
+def test_stages_add_up() -> None:
     clock = StageClock()
     for _ in range(2):
         with clock.stage("judge"):
@@ -109,6 +111,4 @@ def test_stages_add_up_and_a_restart_forgets_them() -> None:
     with clock.stage("pair"):
         pass
     assert list(clock.seconds()) == ["judge", "pair"]
-    assert sum(clock.seconds().values()) <= clock.elapsed_s()
-    clock.restart()
-    assert clock.seconds() == {}
+    assert all(seconds >= 0.0 for seconds in clock.seconds().values())

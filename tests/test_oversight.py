@@ -24,7 +24,6 @@ from actors.oversight import (
     OversightConfig,
     Shuffled,
     Single,
-    critic_verdict,
     make_oversight,
 )
 from actors.records import ExpertLabel, Issue, Verdict
@@ -66,7 +65,7 @@ def by_response(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
 
 
 def test_the_critics_verdict_is_the_mean_over_its_readable_critiques() -> None:
-    verdict = critic_verdict(make_judged("r", 1.0, 0.2, None))
+    verdict = make_judged("r", 1.0, 0.2, None).critic_verdict
     # (1.0 + 0.2) / 2; the unreadable critique is missing, not 0.
     assert (verdict.label, verdict.score, verdict.confidence) == ("pass", pytest.approx(0.6), pytest.approx(0.6))
     assert (verdict.source, verdict.escalated) == ("critic", False)
@@ -84,13 +83,13 @@ def test_the_critics_verdict_is_the_mean_over_its_readable_critiques() -> None:
     ],
 )
 def test_confidence_is_the_likelier_of_good_and_bad(score: float, label: str, confidence: float) -> None:
-    verdict = critic_verdict(make_judged("r", score))
+    verdict = make_judged("r", score).critic_verdict
     assert (verdict.label, verdict.confidence) == (label, pytest.approx(confidence))
 
 
 @pytest.mark.parametrize("scores", [(), (None,), (None, None)])
 def test_without_a_readable_critique_a_response_is_unjudged(scores: tuple[None, ...]) -> None:
-    verdict = critic_verdict(make_judged("r", *scores))
+    verdict = make_judged("r", *scores).critic_verdict
     assert (verdict.label, verdict.score, verdict.confidence) == (None, None, None)
 
 
@@ -137,13 +136,13 @@ def test_an_experts_label_overrides_the_critic() -> None:
     assert (likely.label, likely.score, likely.confidence) == ("pass", 1.0, 1.0)
     assert {doubtful.source, likely.source} == {"expert"}
     assert {name for name, verdict in verdicts.items() if verdict.escalated} == {"doubtful", "likely"}
-    assert verdicts["sure-fail"] == critic_verdict(CASES[2])
+    assert verdicts["sure-fail"] == CASES[2].critic_verdict
 
 
 def test_an_expert_who_abstains_or_is_silent_leaves_the_critics_verdict() -> None:
     verdicts = by_response(Escalation().decide(CASES, Experts({"doubtful": None}).ask, num_allowed=2))
     for name, case in (("doubtful", CASES[1]), ("likely", CASES[3])):
-        alone = critic_verdict(case)
+        alone = case.critic_verdict
         assert verdicts[name].escalated
         assert (verdicts[name].label, verdicts[name].score, verdicts[name].source) == (
             alone.label,

@@ -36,6 +36,8 @@ def paired(*queries: Sequence[Scored], margin: float = 0.5, max_pairs: int = 2, 
         verdicts,
         config=PreferenceConfig(margin=margin, max_pairs_per_query=max_pairs),
         run="test",
+        version=0,
+        max_age=0,
         tokens_spanning=a_token_a_character,
     )
 
@@ -105,6 +107,8 @@ def test_an_expert_on_either_side_makes_the_pair_an_experts() -> None:
         verdicts,
         config=PreferenceConfig(),
         run="test",
+        version=0,
+        max_age=0,
         tokens_spanning=a_token_a_character,
     ).pairs
     assert (pair.source, pair.margin) == ("expert", pytest.approx(0.8))
@@ -127,6 +131,8 @@ def test_a_rejected_response_ends_with_its_first_quoted_flaw(
         verdicts,
         config=PreferenceConfig(cut_at_flaw=cut_at_flaw),
         run="test",
+        version=0,
+        max_age=0,
         tokens_spanning=a_token_a_character,
     ).pairs
     assert "".join(map(chr, pair.rejected_token_ids)) == kept
@@ -143,6 +149,8 @@ def test_a_flaw_that_the_chosen_response_shares_makes_no_pair() -> None:
             [make_verdict("a", 1.0), make_verdict("b", 0.0, flaw_end=flaw_end)],
             config=PreferenceConfig(),
             run="test",
+            version=0,
+            max_age=0,
             tokens_spanning=a_token_a_character,
         )
         assert (len(found.pairs), dict(found.dropped)) == (num, {} if num else {"flaw_in_chosen": 1})

@@ -254,8 +254,11 @@ def test_wrong_stages_columns_and_schemas_are_named(run: Path) -> None:
         append(store, "queries", rows("a"))
         with pytest.raises(ValueError, match="got schema row_id: string, wanted row_id: string required, text"):
             append(store, "queries", pa.table({"row_id": ["b"]}))
-        with pytest.raises(ValueError, match="got iteration 3, wanted the open one, 0"):
-            store.logged(3)
+        store.commit(0, state={})
+        with pytest.raises(ValueError, match="got iteration 0, wanted an open one: 1 or later"):
+            store.logged(0)
+        with pytest.raises(ValueError, match="got iteration 0, wanted an open one: 1 or later"):
+            asyncio.run(store.append("queries", rows("late"), iteration=0))
 
 
 def test_iterations_are_committed_and_read_alone_and_together(run: Path) -> None:
@@ -280,6 +283,42 @@ def test_iterations_are_committed_and_read_alone_and_together(run: Path) -> None
         assert commit.state == {"rng": 2}
         assert ids(store.logged(3)["queries"]) == ["open"]
         assert json.loads((run / "resolved.json").read_bytes()) == {"seed": 7}
+
+
+def test_rows_of_a_later_iteration_wait_for_their_turn(run: Path) -> None:
+    with make_run(run) as store:
+        append(store, "queries", rows("now"))
+        asyncio.run(store.append("queries", rows("next"), iteration=1))
+        asyncio.run(store.append_all({"queries": rows("after"), "responses": rows("after-r")}, iteration=2))
+        assert ids(store.read("queries", iteration=1)) == ["next"]
+        store.commit(0, state={})
+        assert ids(read_stage(run, "queries")) == ["now"]
+    # As after a kill: what was logged ahead is there, whoever opens the run next.
+    with RunStore.open(run) as store:
+        assert store.iteration == 1
+        assert ids(store.logged(1)["queries"]) == ["next"]
+        assert ids(store.logged(2)["responses"]) == ["after-r"]
+        assert store.logged(3) == {}
+        append(store, "queries", rows("later", "next", text="again"))
+        store.commit(1, state={})
+        store.commit(2, state={})
+    assert ids(read_stage(run, "queries")) == ["now", "next", "later", "after"]
+
+
+def test_a_commit_loses_nothing_that_is_appended_ahead_meanwhile(run: Path) -> None:
+    async def both(store: RunStore) -> None:
+        await store.append("queries", rows("now"))
+        done = asyncio.create_task(asyncio.to_thread(store.commit, 0, state={}))
+        names = []
+        while not done.done():
+            names.append(f"ahead-{len(names)}")
+            await store.append("queries", rows(names[-1]), iteration=1)
+        await done
+        assert ids(store.logged(1)["queries"]) == names
+
+    slow = RunStore.create(run, config={}, id_columns=STAGES, on_step=lambda _: time.sleep(0.02))
+    with slow as store:
+        asyncio.run(both(store))
 
 
 def test_a_state_that_json_cannot_hold_leaves_the_iteration_open(run: Path) -> None:

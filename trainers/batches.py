@@ -296,6 +296,12 @@ class PairRows:
     margins: Floats
     lengths: Ids
     """Tokens of each row's longer sequence."""
+    ages: Ids
+    """Versions that each row's samples are behind the weights to be trained; 0 where the table does not say."""
+    rollout_logprobs: tuple[tuple[Floats, Floats], ...] | None
+    """Each row's log-probs (nats per response token, chosen and rejected) when they were sampled; None: not known."""
+    correction: Floats
+    """(rows,) factors of the loss (trainers.importance); the denominators of a step know nothing of them."""
     sequences_per_row: int = 2
 
     def totals(self, rows: Sequence[int]) -> Totals:
@@ -325,6 +331,22 @@ class PairRows:
         masks = [self.chosen_masks[row] for row in rows] + [self.rejected_masks[row] for row in rows]
         return token_ids, masks
 
+    def rollout_gaps(self, rows: Sequence[int], logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Return [B, 2] sums over response tokens of |log-prob - as sampled| (nats); 0 where that is not known.
+
+        Args:
+            rows: B of them.
+            logprobs: [2B, T], chosen block then rejected block.
+            mask: [2B, T] bool: the responses' tokens.
+        """
+        gaps = torch.zeros(len(rows), 2, device=logprobs.device)
+        if self.rollout_logprobs is not None:
+            for i, row in enumerate(rows):
+                for side, sampled in enumerate(self.rollout_logprobs[row]):
+                    own = logprobs[i + side * len(rows)][mask[i + side * len(rows)]]
+                    gaps[i, side] = (own.double() - torch.from_numpy(sampled).to(own.device)).abs().sum()
+        return gaps
+
     def batch(
         self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
     ) -> PairBatch:
@@ -337,7 +359,7 @@ class PairRows:
             reference_rejected=reference[:, 1],
             chosen_lengths=_column(self.chosen_lengths, rows, like=logprobs),
             rejected_lengths=_column(self.rejected_lengths, rows, like=logprobs),
-            weights=_column(self.weights, rows, like=logprobs),
+            weights=_column(self.weights * self.correction, rows, like=logprobs),
             noise=_column(self.noise, rows, like=logprobs),
             margins=_column(self.margins, rows, like=logprobs),
             global_weight=totals.weight,
@@ -404,7 +426,32 @@ def pair_rows(table: pa.Table) -> PairRows:
         noise=_numbers(table, "noise", default=0.0),
         margins=_numbers(table, "margin", default=0.0, least=-1.0),
         lengths=prompts.lengths + np.maximum(chosen.lengths, rejected.lengths),
+        ages=_ages(table),
+        rollout_logprobs=_rollout_logprobs(table, chosen=chosen, rejected=rejected),
+        correction=np.ones(len(prompts.lengths)),
     )
+
+
+def _ages(table: pa.Table) -> Ids:
+    if "age" not in table.column_names:
+        return np.zeros(table.num_rows, dtype=np.int64)
+    column: Any = table.column("age")
+    ages: Ids = column.fill_null(0).to_numpy().astype(np.int64)
+    _refuse_rows(ages < 0, table, "an age below 0: its samples are newer than the weights that it is to train")
+    return ages
+
+
+def _rollout_logprobs(table: pa.Table, *, chosen: _Lists, rejected: _Lists) -> tuple[tuple[Floats, Floats], ...] | None:
+    """Return each pair's log-probs as sampled; None where a table has none, or not of every row."""
+    names = ("chosen_logprobs", "rejected_logprobs")
+    if any(name not in table.column_names or table.column(name).null_count for name in names):
+        return None
+    columns = []
+    for name, responses in zip(names, (chosen, rejected), strict=True):
+        found = _lists(table, name)
+        _refuse_rows(found.lengths != responses.lengths, table, f"{name}: wanted one for each token of the response")
+        columns.append([values.astype(np.float64) for values in found.rows()])
+    return tuple(zip(*columns, strict=True))
 
 
 def sequence_rows(sequences: Iterable[Sequence[int]]) -> TokenRows:

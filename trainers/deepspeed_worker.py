@@ -14,23 +14,28 @@ import math
 import os
 import random
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from actors.engine import make_sender
+from actors.receiving import Opened, ReplicaClient
 from cluster.config import Config
 from cluster.durable_files import FileDigest, digest_file, sync_path, write_json_atomic
+from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest, put_weights
 from trainers.batches import (
     MicroBatch,
@@ -45,6 +50,7 @@ from trainers.batches import (
     sequence_rows,
     token_rows,
 )
+from trainers.importance import ImportanceConfig, correction
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.losses import Loss, LossOutput, PairBatch, load_loss
 from trainers.muon import MuonAdamW
@@ -139,6 +145,20 @@ class StepReport:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the weights at an update's start say of each pair's two responses."""
+
+    sums: Tensor
+    """[rows, 2] fp32: log-probs (nats) of chosen and rejected, summed over their tokens."""
+    gaps: Tensor
+    """[rows, 2] fp32: sums over their tokens of |log-prob - that of the rollout engine|; 0 where it is not known."""
+
+    @classmethod
+    def nothing(cls, num_rows: int) -> _Reference:
+        return cls(sums=torch.zeros(num_rows, 2), gaps=torch.zeros(num_rows, 2))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
     plan: TrainingPlan
@@ -166,6 +186,7 @@ class DeepSpeedRank:
         self._store: Any = None
         self._engine: Any = None
         self._update: _Update | None = None
+        self._senders: dict[int, Any] = {}
 
     # ------------------------------------------------------------------------------------------------------- start
 
@@ -230,6 +251,9 @@ class DeepSpeedRank:
             values["DS_ACCELERATOR"] = "cpu"
         if rendezvous.one_node:
             values["GLOO_SOCKET_IFNAME"] = "lo"
+        elif "GLOO_SOCKET_IFNAME" not in os.environ:
+            # Else gloo takes what this host's name resolves to, which may be loopback.
+            values["GLOO_SOCKET_IFNAME"] = interface_of(_node_address())
         # LOCAL_SIZE stays unset: with it DeepSpeed 0.19 leaves shared memory behind and hangs after a rank's death.
         os.environ.update(values)
 
@@ -247,8 +271,19 @@ class DeepSpeedRank:
 
     # ------------------------------------------------------------------------------------------------------ update
 
-    def begin_update(self, table: TableRef, *, plan: TrainingPlan, loss: str, loss_config: Config) -> None:
+    def begin_update(
+        self,
+        table: TableRef,
+        *,
+        plan: TrainingPlan,
+        loss: str,
+        loss_config: Config,
+        importance: ImportanceConfig | None = None,
+    ) -> dict[str, float]:
         """Fetch the table and compute the reference's log-probs with the weights as they are now.
+
+        Returns what they say of the samples' staleness (`trainers.importance`): nothing where the table does not say
+        how its samples came about.
 
         Raises:
             ValueError: the table does not fit the plan, the loss or the model's longest sequence.
@@ -258,10 +293,17 @@ class DeepSpeedRank:
         _refuse_other_rows(arrow, plan)
         rows: Rows = pair_rows(arrow) if module.batch is PairBatch else token_rows(arrow)
         self._refuse_long(rows)
-        reference = self._reference(rows, plan) if module.uses_reference else None
-        if reference is None and isinstance(rows, PairRows):
-            reference = torch.zeros(len(rows.lengths), 2)
-        self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=reference)
+        gaps = isinstance(rows, PairRows) and rows.rollout_logprobs is not None and importance is not None
+        reference = self._reference(rows, plan) if module.uses_reference or gaps else None
+        said: dict[str, float] = {}
+        if isinstance(rows, PairRows):
+            if reference is None:
+                reference = _Reference.nothing(len(rows.lengths))
+            if importance is not None and rows.rollout_logprobs is not None:
+                rows, said = _corrected(rows, reference, importance)
+        sums = None if reference is None else reference.sums
+        self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums)
+        return said
 
     def step(self, index: int) -> StepReport:
         """Make one optimizer step of the update.
@@ -402,22 +444,25 @@ class DeepSpeedRank:
             for micro in self._micro_batches(rows, chosen):
                 yield micro.rows, self._forward(rows.pad(micro.rows, num_passes=micro.num_passes))
 
-    def _reference(self, rows: Rows, plan: TrainingPlan) -> Tensor | None:
-        """Return [rows, 2] fp32 sums by the weights as they are now, each row computed once over all ranks.
+    def _reference(self, rows: Rows, plan: TrainingPlan) -> _Reference | None:
+        """Return the log-probs by the weights as they are now, each row computed once over all ranks.
 
         Laid out as the first epoch's steps are, so that the first step's log-ratios are exactly 0.
         """
         if not isinstance(rows, PairRows):
             return None
-        sums = torch.zeros(len(rows.lengths), 2, device=self._device)
+        num_rows = len(rows.lengths)
+        sums, gaps = torch.zeros(num_rows, 2, device=self._device), torch.zeros(num_rows, 2, device=self._device)
         for planned in plan.steps:
             if planned.epoch > 0:
                 break
             for micro, forward in self._evaluated(rows, planned.rows):
                 if micro:
                     sums[list(micro)] = sequence_logprobs(forward.logprobs, forward.mask).view(2, -1).T
+                    gaps[list(micro)] = rows.rollout_gaps(micro, forward.logprobs, forward.mask)
         dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
-        return sums.cpu()
+        dist.all_reduce(gaps)
+        return _Reference(sums=sums.cpu(), gaps=gaps.cpu())
 
     def _refuse_long(self, rows: Rows) -> None:
         if self._max_positions is not None and len(rows.lengths) and rows.lengths.max() > self._max_positions:
@@ -441,6 +486,62 @@ class DeepSpeedRank:
         for _ in self._gathered():
             pass
         return None
+
+    def free_port(self) -> int:
+        """Return a port of this node that nobody listens at now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port: int = probe.getsockname()[1]
+        return port
+
+    def send_weights(
+        self, actor: Any, *, backend: Backend, opened: Opened, host: str, port: int, deadline_s: float
+    ) -> None:
+        """Send the weights as they are to one replica, by vLLM's own transfer; the first time they meet for it.
+
+        Args:
+            actor: the replica's, which waits for them.
+            backend: one of vLLM's.
+            opened: who waits.
+            host: rank 0's address.
+            port: a free one there; read when they meet.
+            deadline_s: longest time for one answer of the replica.
+        """
+        sender = self._senders.get(opened.replica_id)
+        if sender is None:
+            sender = self._senders[opened.replica_id] = make_sender(
+                backend,
+                rank=self._rank,
+                parameters=self._parameters(),
+                weights=self._sent,
+                client=ReplicaClient(actor, backend=backend, deadline_s=deadline_s),
+                num_workers=opened.num_workers,
+                rendezvous=(host, port),
+            )
+        sender.send_weights()
+
+    def _parameters(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return name, dtype and whole shape of what `_gathered` gives, without gathering."""
+        named = self._engine.module.named_parameters()
+        # Under ZeRO 3 a parameter's own shape is that of what this rank holds, or of nothing.
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+
+    def _sent(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole parameters as a sender may keep them: those that ZeRO 3 gathers are copied."""
+        for name, parameter in self._gathered():
+            yield name, parameter.clone() if self._config.zero_stage == 3 else parameter
+
+    def offload(self) -> None:
+        """Keep in the host's memory what training needs beside the weights: moments, masters, gradients."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+        states = OffloadStateTypeEnum
+        include = [states.optim_states, states.hp_params, states.lp_grads]
+        self._engine.offload_states(include=include, pin_memory=self._device.type == "cuda")
+
+    def reload(self) -> None:
+        """Take back what `offload` put aside; nothing to do when nothing was."""
+        self._engine.reload_states()
 
     def export(self, path: str) -> None:
         """Write an ordinary Hugging Face directory, which appears whole or not at all."""
@@ -555,6 +656,9 @@ class DeepSpeedRank:
             dist.destroy_process_group()
 
     def _close_engine(self) -> None:
+        for sender in self._senders.values():
+            sender.shutdown()
+        self._senders = {}
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
@@ -668,6 +772,22 @@ def _parameter_groups(model: Any, *, weight_decay: float) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
+def _corrected(rows: PairRows, reference: _Reference, config: ImportanceConfig) -> tuple[PairRows, dict[str, float]]:
+    """Return the rows with the factors of their losses, and what is worth knowing of how they came about."""
+    assert rows.rollout_logprobs is not None, "without them there is nothing to compare"
+    sampled = np.array([[chosen.sum(), rejected.sum()] for chosen, rejected in rows.rollout_logprobs])
+    stale = rows.ages > 0
+    log_ratios = (reference.sums.double().numpy() - sampled).sum(axis=1)
+    factors = correction(log_ratios, stale=stale, config=config)
+    gaps = reference.gaps.double().numpy().sum(axis=1)
+    num_tokens = rows.chosen_lengths + rows.rejected_lengths
+    said = {"importance_mean": float(factors.mean()), "stale_share": float(stale.mean())}
+    for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
+        if chosen.any():
+            said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
+    return replace(rows, correction=factors), said
+
+
 def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     scalars = {**output.metrics, "loss": output.loss.detach()}
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
@@ -688,6 +808,22 @@ def _refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:
 def _node_address() -> str:
     address: Callable[[], str] = ray.util.get_node_ip_address
     return address()
+
+
+def interface_of(address: str) -> str:
+    """Return the name of this host's network interface that has an address.
+
+    Raises:
+        ValueError: none has it; lists those that there are.
+    """
+    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+    for name, found in addresses.items():
+        if address in found:
+            return name
+    raise ValueError(
+        f"rank: got the node address {address}, wanted that of an interface of this host ({', '.join(addresses)}): "
+        "start Ray with --node-ip-address of one of them, or set GLOO_SOCKET_IFNAME"
+    )
 
 
 def _tcp_store(host: str, port: int, *, num_ranks: int, is_master: bool, timeout_s: float) -> Any:

@@ -4,21 +4,23 @@
                  ▲                     ▲                                            │
                  └──── outcomes ───────┼── weights vN ── learner group ◄── pairs ───┘
 
-Queries, responses and critiques stream: a response goes to the critic when it is finished, not when all are. Every
-record is in the journal before it is used, so a run that was killed anywhere goes on from what it had. The driver knows
-neither vLLM nor DeepSpeed nor how a run was put together (`trainers.session` does that).
+Queries, responses and critiques stream: a response goes to the critic when it is finished, not when all are. An
+iteration has two halves: `_prepare` ends with its pairs, `_learn` with its commit. With `loop.max_policy_age` the next
+iterations are prepared while one is learnt. Every record is in the journal before it is used, so a run that was killed
+anywhere goes on from what it had. The driver knows neither vLLM nor DeepSpeed nor how a run was put together
+(`trainers.session` does that).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from actors.archive import Archive
 from actors.attacker import Attacker
@@ -28,7 +30,7 @@ from actors.domains import Domain, GoldLedger, Purpose
 from actors.engine import Completion, GenerationRequest
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertBudget
-from actors.oversight import Judged, Oversight, critic_verdict
+from actors.oversight import Judged, Oversight
 from actors.records import (
     EvaluationAnswer,
     PreferencePair,
@@ -57,8 +59,10 @@ from trainers.evaluation import (
     cell_counts,
     live_sample,
 )
+from trainers.gpu_turns import GpuTurns
+from trainers.journal import Journal
 from trainers.loop_config import LoopConfig
-from trainers.loop_state import STAGES, LoopState, Rollouts, StageClock, WallClock
+from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.progress import Progress, StopSignal
 from trainers.summary import IterationMetrics, append_metrics, rewind_metrics
@@ -116,7 +120,22 @@ def _counting_lost(stage: str, rollouts: Rollouts) -> Iterator[None]:
 
 def _num_judged(judged: Sequence[Judged]) -> int:
     """Return how many responses the critic gave a verdict on: what the experts' budget is a share of."""
-    return sum(critic_verdict(item).label is not None for item in judged)
+    return sum(item.critic_verdict.label is not None for item in judged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """An iteration's first half: everything up to its pairs."""
+
+    iteration: int
+    rollouts: Rollouts
+    judged: Sequence[Judged]
+    verdicts: Sequence[Verdict]
+    pairs: Pairs
+    outcomes: Sequence[Outcome]
+    clock: StageClock
+    state: LoopState
+    """What is to be committed with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +150,8 @@ class Roles:
     learner_group: TrainingGroup
     pools: Mapping[str, Pool[GenerationRequest, Completion]]
     """By role: attacker, rollouts, critic; two roles may share one pool."""
+    turns: GpuTurns = field(default_factory=GpuTurns)
+    """Whose turn it is on GPUs that pools share with the learner; without such, everybody's."""
 
 
 class Driver:
@@ -173,14 +194,18 @@ class Driver:
         self._config = config
         self._progress = progress
         self._stop = stop
-        self._clock = StageClock()
+        self._journal = Journal(store)
         self._tokens_before: dict[str, int] = {}
+        self._last_row = 0.0
         commit = store.last_commit()
         self.state = (
             LoopState(iteration=-1, archive=Archive.empty(domain.cells()))
             if commit is None
             else LoopState.restore(commit.state)
         )
+        self._head = self.state
+        """The state that the next iteration to be prepared begins with."""
+        self._committed = asyncio.Event()
         self._wall = wall or WallClock()
         self._wall.before = dict(self.state.wall_s)
         gold.counts.update(self.state.gold)
@@ -196,43 +221,88 @@ class Driver:
             Stopped: the user asked for a stop; the last commit stands.
         """
         rewind_metrics(self._store.path, last_iteration=self.state.iteration)
-        if self.state.iteration < 0:
-            await self._begin()
-        else:
-            await self._restore()
-        self._wall.begin_loop()
-        while self.state.iteration < self._config.loop.iterations:
-            await self._iterate(self.state.iteration + 1)
+        try:
+            if self.state.iteration < 0:
+                await self._begin()
+            else:
+                await self._restore()
+            self._wall.begin_loop()
+            await self._iterate()
+        finally:
+            await self._journal.settle()
         self.state.wall_s = self._wall.seconds()
         return self.state
 
-    async def _iterate(self, iteration: int) -> None:
-        self._clock.restart()
+    async def _iterate(self) -> None:
+        """Prepare iterations and learn from them, one after the other or, as far as samples may age, side by side."""
         await self._tokens_per_s()
-        rollouts = await self._attack_respond_critique(iteration)
-        verdicts = await self._judge(iteration, rollouts)
+        self._last_row = time.monotonic()
+        self._head = self.state.copy()
+        ready: asyncio.Queue[Prepared] = asyncio.Queue()
+        numbers = range(self.state.iteration + 1, self._config.loop.iterations + 1)
+        async with streams() as tasks:
+            tasks.create_task(self._prepare_all(numbers, ready))
+            for _ in numbers:
+                await self._learn(await ready.get())
+                self._check_stop()
+
+    async def _prepare_all(self, numbers: range, ready: asyncio.Queue[Prepared]) -> None:
+        try:
+            for iteration in numbers:
+                # Its samples come from the weights that are committed, and train those of the iteration before it.
+                await self._until_committed(iteration - 1 - self._config.loop.max_policy_age)
+                ready.put_nowait(await self._prepare(iteration))
+        except Stopped:
+            # What is prepared is learnt and committed first.
+            await self._until_committed(self._head.iteration)
+            raise
+
+    async def _until_committed(self, iteration: int) -> None:
+        while self.state.iteration < iteration:
+            self._committed.clear()
+            await self._committed.wait()
+
+    async def _prepare(self, iteration: int) -> Prepared:
+        """Attack, respond, critique, judge, pair: with the weights that the rollout pool holds meanwhile."""
+        clock = StageClock()
+        rollouts = await self._attack_respond_critique(iteration, clock)
+        judged = rollouts.judged()
+        verdicts = await self._judge(iteration, judged, clock)
         pairs = await self._pair(iteration, rollouts, verdicts)
-        update = await self._update(iteration, pairs, rollouts)
-        sync = await self._publish(iteration)
-        outcomes = self._steer(rollouts)
-        metrics = await self._evaluate(iteration, rollouts, outcomes, verdicts, pairs, update, sync)
-        self._account(iteration, metrics)
-        await self._commit(iteration, metrics)
+        outcomes = self._steer(rollouts, judged)
+        self._account(iteration, judged, verdicts)
+        return Prepared(
+            iteration=iteration,
+            rollouts=rollouts,
+            judged=judged,
+            verdicts=verdicts,
+            pairs=pairs,
+            outcomes=outcomes,
+            clock=clock,
+            state=self._head.copy(),
+        )
+
+    async def _learn(self, prepared: Prepared) -> None:
+        """Update, publish, evaluate, commit."""
+        update = await self._update(prepared)
+        sync = await self._publish(prepared.iteration, prepared.clock)
+        metrics = await self._evaluate(prepared, update, sync)
+        await self._commit(prepared.state, metrics)
 
     # --------------------------------------------------------------------------------------------- the stages
 
-    async def _attack_respond_critique(self, iteration: int) -> Rollouts:
+    async def _attack_respond_critique(self, iteration: int, clock: StageClock) -> Rollouts:
         """Return an iteration's queries, responses and critiques; the three stages stream into one another."""
-        rollouts = await self._logged(iteration, archive=self.state.archive)
+        rollouts = await self._logged(iteration, archive=self._head.archive)
         wanted = self._config.loop.queries_per_iteration
-        with self._clock.stage("rollout"):
+        with clock.stage("rollout"):
             async with streams() as tasks:
                 known = list(rollouts.queries.values())
                 tasks.create_task(self._respond(known, rollouts, tasks))
                 self._critique(list(rollouts.responses.values()), rollouts, tasks)
                 if len(known) < wanted:
                     async for attacked in self._roles.attacker.attack(
-                        self.state.archive,
+                        self._head.archive,
                         iteration=iteration,
                         num_queries=wanted - len(known),
                         split=Split.TRAIN,
@@ -240,8 +310,8 @@ class Driver:
                         start=rollouts.next_proposal,
                     ):
                         self._check_stop()
-                        await self._log("proposals", attacked.proposals)
-                        await self._log("queries", attacked.queries)
+                        await self._journal.add("proposals", attacked.proposals, iteration=iteration)
+                        await self._journal.add("queries", attacked.queries, iteration=iteration)
                         rollouts.proposals.update({row.proposal_id: row for row in attacked.proposals})
                         rollouts.queries.update({row.query_id: row for row in attacked.queries})
                         self._progress.stage("queries", done=len(rollouts.queries), total=wanted)
@@ -252,7 +322,7 @@ class Driver:
         with _counting_lost("responses", rollouts):
             async for responses in self._roles.rollout.respond(queries, known=set(rollouts.responses)):
                 self._check_stop()
-                await self._log("responses", responses)
+                await self._journal.add("responses", responses, iteration=rollouts.iteration)
                 rollouts.responses.update({row.response_id: row for row in responses})
                 self._critique(responses, rollouts, tasks)
 
@@ -266,22 +336,21 @@ class Driver:
         with _counting_lost("critiques", rollouts):
             async for critiques in self._roles.critic.judge(items, known=set(rollouts.critiques)):
                 self._check_stop()
-                await self._log("critiques", critiques)
+                await self._journal.add("critiques", critiques, iteration=rollouts.iteration)
                 rollouts.critiques.update({row.critique_id: row for row in critiques})
                 self._progress.stage("critiques", done=len(rollouts.critiques), total=total)
 
-    async def _judge(self, iteration: int, rollouts: Rollouts) -> list[Verdict]:
+    async def _judge(self, iteration: int, judged: Sequence[Judged], clock: StageClock) -> list[Verdict]:
         """Return the verdicts: the critic's, and experts' for the least trusted, within their budget."""
         logged = self._store.logged(iteration, stages=("verdicts",))
         if "verdicts" in logged:
             return from_table(logged["verdicts"], Verdict)
-        with self._clock.stage("judge"):
-            judged = rollouts.judged()
+        with clock.stage("judge"):
             num_allowed = self._config.experts.allowed(
-                self.state.num_verdicts + _num_judged(judged), num_asked=self.state.num_asked
+                self._head.num_verdicts + _num_judged(judged), num_asked=self._head.num_asked
             )
             verdicts = self._roles.oversight.decide(judged, self._roles.experts.ask, num_allowed=num_allowed)
-            await self._log("verdicts", verdicts)
+            await self._journal.add("verdicts", verdicts, iteration=iteration)
         return verdicts
 
     async def _pair(self, iteration: int, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> Pairs:
@@ -293,69 +362,78 @@ class Driver:
             config=self._config.preferences,
             run=self._run,
             tokens_spanning=self._config.tokens_spanning,
+            version=iteration - 1,
+            max_age=self._config.loop.max_policy_age,
         )
         logged = self._store.logged(iteration, stages=("pairs",))
         if "pairs" in logged:
             pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
         else:
-            await self._log("pairs", pairs.pairs)
+            await self._journal.add("pairs", pairs.pairs, iteration=iteration)
         self._check_stop()
         return pairs
 
-    async def _update(self, iteration: int, pairs: Pairs, rollouts: Rollouts) -> UpdateReport | None:
+    async def _update(self, prepared: Prepared) -> UpdateReport | None:
         """Train the learner on the pairs, as an Arrow table; None when there are none."""
-        if not pairs.pairs:
-            logger.warning("iteration %d: no pairs, nothing to train on", iteration)
+        pairs = prepared.pairs.pairs
+        if not pairs:
+            logger.warning("iteration %d: no pairs, nothing to train on", prepared.iteration)
             return None
-        with self._clock.stage("update"):
-            table = to_table(pairs.pairs, PreferencePair)
+        with prepared.clock.stage("update"):
+            table = to_table(pairs, PreferencePair)
             plan = TrainingPlan.of(
-                [pair.pair_id for pair in pairs.pairs],
-                keys=[rollouts.place(pair) for pair in pairs.pairs],
+                [pair.pair_id for pair in pairs],
+                keys=[prepared.rollouts.place(pair) for pair in pairs],
                 batch_size=self._config.batch_size,
                 epochs=self._config.loop.epochs,
-                seed=self._seed * 1_000 + iteration,
+                seed=self._seed * 1_000 + prepared.iteration,
             )
-            return await self._roles.learner_group.update(
-                table, loss=self._config.loss, loss_config=self._config.loss_config, plan=plan
+            async with self._roles.turns.learner():
+                report = await self._roles.learner_group.update(
+                    table,
+                    loss=self._config.loss,
+                    loss_config=self._config.loss_config,
+                    plan=plan,
+                    importance=self._config.loop.importance,
+                )
+        self._watch_gap(prepared.iteration, report)
+        return report
+
+    def _watch_gap(self, iteration: int, report: UpdateReport) -> None:
+        """Raise the alarm when two engines with one version's weights differ more than they should (L-TIS)."""
+        gap, most = report.staleness.get("rollout_gap"), self._config.loop.importance.alarm
+        if gap is not None and gap > most:
+            self._progress.note(
+                f"alarm: in iteration {iteration} the rollout engine's log-probs differ from the learner's by "
+                f"{gap:.3f} nats per token at equal weights, wanted at most {most:g}: compare dtypes and sampling"
             )
 
-    async def _publish(self, iteration: int) -> SyncReport:
+    async def _publish(self, iteration: int, clock: StageClock) -> SyncReport:
         """Give the learner's weights to every rollout replica; each proves by its log-probs that it holds them."""
-        with self._clock.stage("publish"):
+        with clock.stage("publish"):
             group = self._roles.learner_group
-            manifest = await group.publish(version=f"v{iteration}")
             sequences = self._config.probe_sequences
-            probe = ParityProbe(
-                token_ids=sequences,
-                logprobs=await group.logprobs(sequences),
-                bound=self._config.loop.parity_bound,
-            )
+            async with self._roles.turns.learner():
+                manifest = await group.publish(version=f"v{iteration}")
+                logprobs = await group.logprobs(sequences)
+            probe = ParityProbe(token_ids=sequences, logprobs=logprobs, bound=self._config.loop.parity_bound)
             report = await sync_weights(
                 self._roles.pools["rollouts"], manifest, probe=probe, deadline_s=self._config.loop.sync_deadline_s
             )
         self.state.parity_max_abs_diff = max(self.state.parity_max_abs_diff, report.max_abs_diff)
         return report
 
-    def _steer(self, rollouts: Rollouts) -> list[Outcome]:
+    def _steer(self, rollouts: Rollouts, judged: Sequence[Judged]) -> list[Outcome]:
         """Hand the critic's own verdicts on the queries to the attack: where it aims next."""
-        outcomes = attack_outcomes(rollouts.queries, [critic_verdict(item) for item in rollouts.judged()])
-        self._roles.attacker.observe(self.state.archive, outcomes)
+        outcomes = attack_outcomes(rollouts.queries, [item.critic_verdict for item in judged])
+        self._roles.attacker.observe(self._head.archive, outcomes)
         return outcomes
 
-    async def _evaluate(
-        self,
-        iteration: int,
-        rollouts: Rollouts,
-        outcomes: Sequence[Outcome],
-        verdicts: Sequence[Verdict],
-        pairs: Pairs,
-        update: UpdateReport | None,
-        sync: SyncReport,
-    ) -> IterationMetrics:
+    async def _evaluate(self, prepared: Prepared, update: UpdateReport | None, sync: SyncReport) -> IterationMetrics:
         """Return what the iteration measured; truth is asked here, for the report alone, and nothing is steered."""
-        with self._clock.stage("evaluate"):
-            critic_alone = [critic_verdict(item) for item in rollouts.judged()]
+        iteration, rollouts, pairs = prepared.iteration, prepared.rollouts, prepared.pairs
+        with prepared.clock.stage("evaluate"):
+            critic_alone = [item.critic_verdict for item in prepared.judged]
             live = live_sample(
                 rollouts.queries,
                 rollouts.responses,
@@ -369,7 +447,9 @@ class Driver:
             if iteration == self._config.loop.iterations:
                 for name in ("sealed", "out_of_distribution", "attack_set"):
                     await self._answer(iteration, name)
-        attacked = [outcome for outcome in outcomes if outcome.num_judged]
+        attacked = [outcome for outcome in prepared.outcomes if outcome.num_judged]
+        tokens_per_s = await self._tokens_per_s()
+        wall_s, self._last_row = time.monotonic() - self._last_row, time.monotonic()
         return IterationMetrics(
             iteration=iteration,
             policy_version=f"v{iteration}",
@@ -378,25 +458,26 @@ class Driver:
             probe_accuracy=sum(probe) / len(probe),
             num_probe=len(probe),
             critic_agreement=agreement_of(live),
-            experts_asked=sum(verdict.escalated for verdict in verdicts),
+            experts_asked=sum(verdict.escalated for verdict in prepared.verdicts),
             num_verdicts=sum(verdict.label is not None for verdict in critic_alone),
             pairs_trained=len(pairs.pairs),
             pairs_dropped=dict(pairs.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
+            sample_ages=dict(rollouts.ages(pairs.pairs, version=iteration - 1)),
             lost=dict(rollouts.lost),
-            cells=cell_counts(outcomes, self._domain.cells()),
-            seconds=self._clock.seconds(),
-            wall_s=self._clock.elapsed_s(),
-            tokens_per_s=await self._tokens_per_s(),
+            cells=cell_counts(prepared.outcomes, self._domain.cells()),
+            seconds=prepared.clock.seconds(),
+            wall_s=wall_s,
+            tokens_per_s=tokens_per_s,
             parity_max_abs_diff=sync.max_abs_diff,
             training={} if update is None else dict(update.means),
         )
 
-    def _account(self, iteration: int, metrics: IterationMetrics) -> None:
+    def _account(self, iteration: int, judged: Sequence[Judged], verdicts: Sequence[Verdict]) -> None:
         """Carry over what the next iteration's budget depends on."""
-        self.state.iteration = iteration
-        self.state.num_verdicts += metrics.num_verdicts
-        self.state.num_asked += metrics.experts_asked
+        self._head.iteration = iteration
+        self._head.num_verdicts += _num_judged(judged)
+        self._head.num_asked += sum(verdict.escalated for verdict in verdicts)
 
     async def _keep_agreement(self, iteration: int, live: LiveSample, rollouts: Rollouts) -> None:
         """Store which live answers truth was asked about, and what it said: for the report, read by no stage."""
@@ -419,45 +500,50 @@ class Driver:
             )
             for i, (query, answer, correct) in enumerate(zip(queries, answers, live.truth, strict=True))
         ]
-        await self._log("evaluations", rows)
+        await self._journal.add("evaluations", rows, iteration=iteration)
 
-    async def _commit(self, iteration: int, metrics: IterationMetrics | None) -> None:
+    async def _commit(self, state: LoopState, metrics: IterationMetrics | None) -> None:
         """Write checkpoint and policy, then COMMIT.json: the one point at which the iteration has happened."""
-        group = self._roles.learner_group
+        iteration, group = state.iteration, self._roles.learner_group
         checkpoint, policy = self._store.checkpoint_dir(iteration), self._store.policy_dir(iteration)
-        await group.save(checkpoint)
-        await group.export(policy)
-        self.state.gold = Counter(self._gold.counts)
-        self.state.wall_s = self._wall.seconds()
+        async with self._roles.turns.learner():
+            await group.save(checkpoint)
+            await group.export(policy)
+        state.gold = Counter(self._gold.counts)
+        state.parity_max_abs_diff = self.state.parity_max_abs_diff
+        state.wall_s = self._wall.seconds()
         if metrics is not None:
             append_metrics(self._store.path, metrics)
         await asyncio.to_thread(
             self._store.commit,
             iteration,
-            state=self.state.snapshot(),
+            state=state.snapshot(),
             checkpoint=await self._digests(checkpoint),
             policy=await self._digests(policy),
         )
+        self.state = state
         if metrics is not None:
             self._progress.row(metrics)
-        self._check_stop()
+        self._committed.set()
 
     # ---------------------------------------------------------------------------------- before the first iteration
 
     async def _begin(self) -> None:
         """Freeze the attack set, answer the evaluation sets with the untrained learner, and commit iteration 0."""
-        await self._publish(0)
+        await self._publish(0, StageClock())
         await self._freeze_attack_set()
         for name in ("sealed", "out_of_distribution", "attack_set", "probe"):
             await self._answer(0, name)
         self.state.iteration = 0
-        await self._commit(0, None)
+        await self._commit(self.state, None)
+        self._check_stop()
 
     async def _restore(self) -> None:
         """Load the last commit's checkpoint and give its weights to the rollout pool."""
         iteration = self.state.iteration
-        await self._roles.learner_group.load(self._store.checkpoint_dir(iteration))
-        await self._publish(iteration)
+        async with self._roles.turns.learner():
+            await self._roles.learner_group.load(self._store.checkpoint_dir(iteration))
+        await self._publish(iteration, StageClock())
 
     async def _freeze_attack_set(self) -> None:
         """Ask attacker v0 for the frozen attack set: valid, distinct queries of the probe split (SCIENCE §3)."""
@@ -476,8 +562,8 @@ class Driver:
             start=logged.next_proposal,
         ):
             self._check_stop()
-            await self._log("proposals", attacked.proposals)
-            await self._log("queries", attacked.queries)
+            await self._journal.add("proposals", attacked.proposals, iteration=0)
+            await self._journal.add("queries", attacked.queries, iteration=0)
             num_have += len(attacked.queries)
             self._progress.stage("frozen attack set", done=num_have, total=wanted)
 
@@ -514,7 +600,7 @@ class Driver:
                 zip(queries, found.texts, found.correct, found.well_formed, strict=True)
             )
         ]
-        await self._log("evaluations", rows)
+        await self._journal.add("evaluations", rows, iteration=iteration)
         return list(found.correct)
 
     # ---------------------------------------------------------------------------------------------- small things
@@ -535,11 +621,12 @@ class Driver:
         return await asyncio.to_thread(digest_directory, directory, root=self._store.path)
 
     async def _tokens_per_s(self) -> dict[str, float]:
-        """Return the generated tokens per second of this iteration so far, by pool."""
+        """Return the generated tokens per second since the last row of metrics, by pool."""
+        elapsed_s = time.monotonic() - self._last_row
         rates = {}
         for name, pool in self._roles.pools.items():
             total = (await pool.stats()).num_generated_tokens
-            rates[name] = max(0, total - self._tokens_before.get(name, 0)) / max(self._clock.elapsed_s(), 1e-9)
+            rates[name] = max(0, total - self._tokens_before.get(name, 0)) / max(elapsed_s, 1e-9)
             self._tokens_before[name] = total
         return rates
 
@@ -548,13 +635,13 @@ class Driver:
 
         A proposal is logged before its query: an accepted one without a query was cut off by a kill.
         """
-        rollouts = Rollouts.of(self._store.logged(iteration))
+        rollouts = Rollouts.of(self._store.logged(iteration), iteration=iteration)
         cut_off = [
             self._roles.attacker.query_of(row, version="v0")
             for row in rollouts.proposals.values()
             if row.query_id is not None and row.query_id not in rollouts.queries
         ]
-        await self._log("queries", cut_off)
+        await self._journal.add("queries", cut_off, iteration=iteration)
         rollouts.queries.update({query.query_id: query for query in cut_off})
         for query in rollouts.queries.values():
             archive.remember(query.canonical)
@@ -563,7 +650,3 @@ class Driver:
     def _check_stop(self) -> None:
         if self._stop.requested:
             raise Stopped(self.state.iteration)
-
-    async def _log(self, stage: str, rows: Sequence[Any]) -> None:
-        if rows:
-            await self._store.append(stage, to_table(rows, STAGES[stage][0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,7 @@ STAGES = {
 class Rollouts:
     """The records of one iteration as they come in, by id."""
 
+    iteration: int
     proposals: dict[str, Proposal] = field(default_factory=dict)
     queries: dict[str, Query] = field(default_factory=dict)
     responses: dict[str, Response] = field(default_factory=dict)
@@ -48,9 +49,9 @@ class Rollouts:
     """Requests that no replica answered, by stage; a resume asks for them again."""
 
     @classmethod
-    def of(cls, logged: Mapping[str, pa.Table]) -> Rollouts:
+    def of(cls, logged: Mapping[str, pa.Table], *, iteration: int) -> Rollouts:
         """Return what the journal holds of an open iteration; of queries, see `Attacker.query_of`."""
-        rollouts = cls()
+        rollouts = cls(iteration=iteration)
         if "proposals" in logged:
             rollouts.proposals = {row.proposal_id: row for row in from_table(logged["proposals"], Proposal)}
         if "queries" in logged:
@@ -70,6 +71,11 @@ class Rollouts:
         """Return where a pair stands in its iteration, whatever the run's name: its query and its two samples."""
         chosen, rejected = self.responses[pair.chosen_id], self.responses[pair.rejected_id]
         return f"{self.queries[pair.query_id].sample_index}/{chosen.sample_index}/{rejected.sample_index}"
+
+    def ages(self, pairs: Sequence[PreferencePair], *, version: int) -> Counter[int]:
+        """Return how many samples of the pairs are how many policy versions behind the weights to be trained."""
+        samples = [response_id for pair in pairs for response_id in (pair.chosen_id, pair.rejected_id)]
+        return Counter(version - int(self.responses[i].policy_version.removeprefix("v")) for i in samples)
 
     def judged(self) -> list[Judged]:
         """Return every response with its critiques, in the order in which queries and responses were sampled."""
@@ -107,6 +113,10 @@ class LoopState:
     def policy_version(self) -> str:
         """The learner's weights after this iteration."""
         return f"v{self.iteration}"
+
+    def copy(self) -> LoopState:
+        """Return a state that shares nothing with this one."""
+        return LoopState.restore(self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state as plain JSON values."""
@@ -170,11 +180,6 @@ class StageClock:
     """Wall-clock seconds per stage of one iteration."""
 
     def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new iteration."""
-        self._begin = time.monotonic()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -189,7 +194,3 @@ class StageClock:
     def seconds(self) -> dict[str, float]:
         """Return the seconds per stage so far."""
         return dict(self._seconds)
-
-    def elapsed_s(self) -> float:
-        """Return the seconds since the iteration began."""
-        return time.monotonic() - self._begin

@@ -5,6 +5,7 @@ What gives no pair is dropped and counted (SCIENCE §3), by reason:
     unjudged, duplicate, unpaired    responses without a verdict, with a text that is there already, without a partner
     margin, same_text                candidate pairs too close in P(good), or judged both ways
     flaw_in_chosen                   candidate pairs whose chosen begins with the very flaw that its rejected is cut at
+    stale                            responses of weights older than the loop allows (loop.max_policy_age)
 
 A rejected response is cut where the critique's first quoted flaw ends: what follows from a flaw is not at fault, and
 pushing it down as well teaches a small model to babble. This is the critique's part in learning, after Step-DPO (Lai et
@@ -51,16 +52,22 @@ def build_pairs(
     config: PreferenceConfig,
     run: str,
     tokens_spanning: Callable[[Sequence[int], int], int],
+    version: int,
+    max_age: int,
 ) -> Pairs:
     """Return best-versus-worst pairs, in the order of the queries.
 
     Args:
         tokens_spanning: how many of the token ids it takes to spell so many characters.
+        version: of the weights that the pairs are to train.
+        max_age: greatest number of versions that a response's weights may be behind.
     """
     by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
     dropped: Counter[str] = Counter()
     for verdict in verdicts:
-        if verdict.label is None:
+        if _age(responses[verdict.response_id], version=version) > max_age:
+            dropped["stale"] += 1
+        elif verdict.label is None:
             dropped["unjudged"] += 1
         else:
             by_query[verdict.query_id].append(verdict)
@@ -86,7 +93,7 @@ def build_pairs(
                 cut = None
                 if config.cut_at_flaw and rejected.flaw_end is not None:
                     cut = tokens_spanning(responses[rejected.response_id].token_ids, rejected.flaw_end)
-                pair = _pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut)
+                pair = _pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut, version=version)
                 if cut is not None and pair.chosen_token_ids[:cut] == pair.rejected_token_ids:
                     dropped["flaw_in_chosen"] += 1
                 else:
@@ -119,6 +126,7 @@ def _pair(
     run: str,
     rank: int,
     cut: int | None,
+    version: int,
 ) -> PreferencePair:
     good, bad = responses[chosen.response_id], responses[rejected.response_id]
     return PreferencePair(
@@ -143,4 +151,12 @@ def _pair(
         chosen_id=good.response_id,
         rejected_id=bad.response_id,
         iteration=query.iteration,
+        age=max(_age(good, version=version), _age(bad, version=version)),
+        chosen_logprobs=good.logprobs,
+        rejected_logprobs=bad.logprobs[:cut],
     )
+
+
+def _age(response: Response, *, version: int) -> int:
+    """Return how many versions a response's weights are behind; they are named v0, v1, …"""
+    return version - int(response.policy_version.removeprefix("v"))

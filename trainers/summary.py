@@ -102,6 +102,9 @@ class IterationMetrics(Config):
     """Queries or candidates that gave no pair, by reason."""
     proposals: dict[str, Count]
     """The attacker's proposals by what became of them (accepted, invalid, repeated, ...)."""
+    sample_ages: dict[int, Count] = Field(default_factory=dict)
+    """Samples in the trained pairs by age: how many policy versions the weights that made one were behind those that
+    were trained on it."""
     lost: dict[str, Count] = Field(default_factory=dict)
     """Requests that no replica answered after all attempts, by stage; missing, never counted as failed."""
     cells: tuple[CellCounts, ...]

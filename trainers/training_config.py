@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
+from cluster.node_labels import checked_labels
 
 
 class TrainingConfig(Config):
@@ -49,12 +50,21 @@ class TrainingConfig(Config):
     """Ray CPUs that a rank reserves."""
     gpus_per_rank: float = Field(default=0.0, ge=0.0)
     """Ray GPUs that a rank reserves; without one it computes on the CPU."""
+    arrangement: Literal["pack", "spread"] = "pack"
+    """How the ranks lie on the nodes: "pack" on as few as can be, so that they talk without a network, or "spread"."""
+    node_labels: tuple[str, ...] = ()
+    """Labels of the nodes that ranks may be on, as "label=value"; for example "ray.io/node-group=learner"."""
     start_deadline_s: float = Field(default=240.0, gt=0.0)
     """Longest time to place the ranks, import DeepSpeed and load the model."""
     step_deadline_s: float = Field(default=120.0, gt=0.0)
     """Longest time for one optimizer step."""
     call_deadline_s: float = Field(default=600.0, gt=0.0)
     """Longest time for any other call: reference log-probs of an update, publish, export, save, load."""
+
+    @field_validator("node_labels")
+    @classmethod
+    def _labels(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return checked_labels(labels)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -21,11 +21,14 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
+from actors.receiving import Opened
 from cluster.config import Config
 from cluster.durable_files import FileDigest
-from cluster.placement import inside, place_gang, release
+from cluster.node_labels import label_selector
+from cluster.placement import SHARED_GPU, inside, place_gang, release
 from cluster.ray_runtime import worker_stderr
-from cluster.weights import WeightManifest
+from cluster.weight_transfer import Backend
+from cluster.weights import WeightAnswer, WeightManifest, Weights
 from trainers.batches import PlannedStep, Slot, TrainingPlan
 from trainers.deepspeed_worker import (
     CorruptCheckpoint,
@@ -37,6 +40,7 @@ from trainers.deepspeed_worker import (
     TableRef,
     TrainingDiverged,
 )
+from trainers.importance import ImportanceConfig
 from trainers.losses import load_loss
 from trainers.training_config import TrainingConfig, learning_rate
 
@@ -78,6 +82,10 @@ class UpdateReport:
     """Reference log-probs included."""
     reference_s: float
     """Seconds until the first step: fetching the table and computing reference log-probs."""
+    staleness: Mapping[str, float] = field(default_factory=dict)
+    """`importance_mean` (mean factor of the losses), `stale_share` (of the pairs), and the mean |difference| per token
+    in nats between this group's log-probs and the rollout engine's, of pairs sampled by the weights that the update
+    begins from (`rollout_gap`) and of older ones' (`rollout_gap_stale`)."""
 
     @property
     def num_skipped(self) -> int:
@@ -106,6 +114,7 @@ class UpdateReport:
         names = rows[0] if rows else {}
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
         return means | {
+            **self.staleness,
             "num_steps": float(len(self.steps)),
             "num_skipped": float(self.num_skipped),
             "tokens_per_s": self.tokens_per_s,
@@ -116,7 +125,22 @@ class UpdateReport:
 class TrainingGroup:
     """The ranks that train one role's weights. Calls are made one at a time."""
 
-    def __init__(self, *, config: TrainingConfig, source: ModelSource, name: str = "learner_group") -> None:
+    def __init__(
+        self,
+        *,
+        config: TrainingConfig,
+        source: ModelSource,
+        name: str = "learner_group",
+        shared: PlacementGroup | None = None,
+    ) -> None:
+        """Describe the group; nothing starts yet.
+
+        Args:
+            config: ranks, optimizer and schedule.
+            source: the weights that it starts from.
+            name: for messages, and of its placement.
+            shared: a gang with one bundle for each rank, whose GPUs it shares in turn; who placed it releases it.
+        """
         self.config = config
         self.name = name
         self.start_laps: dict[str, float] = {}
@@ -125,7 +149,18 @@ class TrainingGroup:
         self._ranks: list[Any] = []
         self._infos: list[RankInfo] = []
         self._placement: PlacementGroup | None = None
+        self._shared = shared
+        self._published: str | None = None
+        """The version that the ranks' weights are; None from the first step beyond it."""
+        self._connected: set[int] = set()
+        """Replicas that the ranks have met."""
         self._lock = asyncio.Lock()
+        self._delivery = asyncio.Lock()
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Return the ids of the ranks' nodes, rank 0 first."""
+        return tuple(info.node_id for info in self._infos)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -144,10 +179,14 @@ class TrainingGroup:
         """
         assert not self._ranks, "already started"
         config, begin = self.config, time.monotonic()
-        bundle = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
-        bundle = {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-        self._placement = await asyncio.to_thread(
-            place_gang, [bundle] * config.num_ranks, name=self.name, timeout_s=config.start_deadline_s
+        bundle = rank_bundle(config)
+        self._placement = self._shared or await asyncio.to_thread(
+            place_gang,
+            [bundle] * config.num_ranks,
+            strategy="SPREAD" if config.arrangement == "spread" else "PACK",
+            name=self.name,
+            labels=label_selector(config.node_labels),
+            timeout_s=config.start_deadline_s,
         )
         self._ranks = [self._start_rank(rank, bundle) for rank in range(config.num_ranks)]
         deadline_s = config.start_deadline_s
@@ -178,7 +217,7 @@ class TrainingGroup:
         Raises:
             ValueError: the ranks' number or resources differ: that takes a new group; or the model is none.
         """
-        fixed = ("num_ranks", "threads_per_rank", "cpus_per_rank", "gpus_per_rank")
+        fixed = ("num_ranks", "threads_per_rank", "cpus_per_rank", "gpus_per_rank", "arrangement", "node_labels")
         differing = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if differing:
             raise ValueError(f"{self.name}: reopen can't change {', '.join(differing)}; start a new group")
@@ -188,6 +227,7 @@ class TrainingGroup:
             deadline_s=config.start_deadline_s,
         )
         self.config, self._source = config, source
+        self._published, self._connected = None, set()
 
     async def shutdown(self) -> None:
         """End the ranks and give their place back. A second call does nothing."""
@@ -200,7 +240,7 @@ class TrainingGroup:
         assert self._placement is not None, "placed above"
         actor = ray.remote(DeepSpeedRank).options(
             num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
+            num_gpus=bundle.get("GPU", 0) if self._shared is None else SHARED_GPU,
             scheduling_strategy=inside(self._placement, bundle=rank),
             max_restarts=0,
         )
@@ -210,9 +250,10 @@ class TrainingGroup:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         self._ranks = []
-        if self._placement is not None:
+        self._published, self._connected = None, set()
+        if self._placement is not None and self._shared is None:
             release(self._placement)
-            self._placement = None
+        self._placement = None
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -223,6 +264,7 @@ class TrainingGroup:
         loss: str,
         loss_config: Config,
         plan: TrainingPlan,
+        importance: ImportanceConfig | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Train on the rows of a table as planned; each rank reads the table from the object store.
@@ -232,6 +274,7 @@ class TrainingGroup:
             loss: a file of trainers/losses.
             loss_config: that loss's settings.
             plan: which rows make which step.
+            importance: how pairs of older weights' samples are corrected for; None: not at all, and no gap is measured.
             on_step: called after each step, for progress.
 
         Raises:
@@ -241,17 +284,26 @@ class TrainingGroup:
         """
         settings = _settings_of(loss, loss_config)
         begin = time.monotonic()
+        self._published = None
         ref = TableRef(ref=ray.put(table) if isinstance(table, pa.Table) else table)
-        await self._call(
+        said = await self._call(
             "begin_update",
-            lambda rank: rank.begin_update.remote(ref, plan=plan, loss=loss, loss_config=settings),
+            lambda rank: rank.begin_update.remote(
+                ref, plan=plan, loss=loss, loss_config=settings, importance=importance
+            ),
             deadline_s=self.config.call_deadline_s,
         )
         reference_s = time.monotonic() - begin
         reports = await self._steps(len(plan.steps), on_step=on_step)
         await self._call("end_update", lambda rank: rank.end_update.remote(), deadline_s=self.config.step_deadline_s)
         slots = tuple(slot for report in reports if report.applied for slot in plan.slots(report.step))
-        return UpdateReport(slots=slots, steps=tuple(reports), wall_s=time.monotonic() - begin, reference_s=reference_s)
+        return UpdateReport(
+            slots=slots,
+            steps=tuple(reports),
+            wall_s=time.monotonic() - begin,
+            reference_s=reference_s,
+            staleness=said[0],
+        )
 
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
         """Return, for each sequence of n tokens, the log-probs (nats, fp32) of tokens 2..n, without dropout.
@@ -273,7 +325,62 @@ class TrainingGroup:
         )
         manifest = parts[0]
         assert isinstance(manifest, WeightManifest), "rank 0 makes it"
+        self._published = version
         return manifest
+
+    async def deliver(self, actor: Any, weights: Weights, *, backend: Backend) -> WeightAnswer:
+        """Send a published version straight from the ranks' memory to one replica, and return what that says of it.
+
+        A version that the ranks have trained beyond goes by the object store, where `publish` put it.
+
+        Args:
+            actor: the replica's.
+            weights: the version and its probe.
+            backend: one of vLLM's own ways.
+
+        Raises:
+            ValueError: the replica refuses the version before anything is sent.
+            TrainingGroupError: it failed in the middle; the group has been killed, for what was begun can't be ended.
+        """
+        manifest, probe = weights
+        if manifest.version != self._published:
+            answer: WeightAnswer = await actor.apply_weights.remote(manifest, probe.token_ids)
+            return answer
+        deadline_s = self.config.call_deadline_s
+        async with self._delivery:
+            opened: Opened = await actor.open_weights.remote(manifest)
+            port = 0
+            if opened.replica_id not in self._connected:
+                (port,) = await self._on_all("free_port", [self._ranks[0].free_port.remote()], deadline_s=deadline_s)
+            try:
+                await self._call(
+                    "send_weights",
+                    lambda rank: rank.send_weights.remote(
+                        actor,
+                        backend=backend,
+                        opened=opened,
+                        host=self._infos[0].host,
+                        port=port,
+                        deadline_s=deadline_s,
+                    ),
+                    deadline_s=deadline_s,
+                )
+            except asyncio.CancelledError:
+                # The replica missed its deadline: the ranks would go on sending, behind the next call's back.
+                self._kill()
+                raise
+            self._connected.add(opened.replica_id)
+        proof: WeightAnswer = await actor.prove_weights.remote(manifest.version, probe.token_ids)
+        return proof
+
+    async def offload(self) -> None:
+        """Keep optimizer states, masters and gradients in the host's memory; nothing to do when no rank runs."""
+        if self._ranks:
+            await self._call("offload", lambda rank: rank.offload.remote(), deadline_s=self.config.call_deadline_s)
+
+    async def reload(self) -> None:
+        """Take them onto the GPUs again."""
+        await self._call("reload", lambda rank: rank.reload.remote(), deadline_s=self.config.call_deadline_s)
 
     async def export(self, path: Any) -> None:
         """Write a Hugging Face directory (safetensors, config, tokenizer); it appears whole or not at all."""
@@ -298,6 +405,7 @@ class TrainingGroup:
             CorruptCheckpoint: its files or its topology are not as saved; nothing was loaded.
         """
         wanted = None if files is None else tuple(files)
+        self._published = None
         await self._call(
             "load", lambda rank: rank.load.remote(str(path), files=wanted), deadline_s=self.config.call_deadline_s
         )
@@ -366,6 +474,12 @@ class TrainingGroup:
         if late:
             lines.append(f"rank(s) {', '.join(map(str, late))}: no answer within {deadline_s:g} s")
         return "\n".join(lines)
+
+
+def rank_bundle(config: TrainingConfig) -> dict[str, float]:
+    """Return what one rank reserves."""
+    bundle = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
+    return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
 
 
 async def _awaited(ref: ray.ObjectRef[Any]) -> Any:
