@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from actors.compact import pickled_fast
 from actors.records import Message
 
 MAX_LABELS = 128
 """vLLM's limit of `logprob_token_ids`."""
 
 
+@pickled_fast
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """A conversation to be continued `num_samples` times."""
@@ -32,6 +34,7 @@ class GenerationRequest:
     """Single tokens; wherever one of them is sampled, the log-probs of all are reported."""
 
 
+@pickled_fast
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""

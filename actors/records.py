@@ -18,6 +18,8 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.compact import pickled_fast
+
 R = typing.TypeVar("R")
 
 
@@ -29,6 +31,7 @@ class Split(StrEnum):
     SEALED = "sealed"
 
 
+@pickled_fast
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One chat message."""

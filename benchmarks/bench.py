@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver_cpu, padding, pool_speed, preference_table, training_step, weight_transfer
+from benchmarks import driver_cpu, overlap, padding, pool_speed, preference_table, training_step, weight_transfer
 from benchmarks.cold_demo import ROOT
 from benchmarks.figure import Figure
 from cluster.durable_files import write_json_atomic
@@ -39,6 +39,7 @@ ON_RAY: dict[str, Measure] = {
     "pool_speed": pool_speed.measure,
     "weight_transfer": weight_transfer.measure,
     "driver_cpu": driver_cpu.measure,
+    "overlap": overlap.measure,
     "preference_table": preference_table.measure,
     "training_step": training_step.measure,
 }

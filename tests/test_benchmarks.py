@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, driver_cpu, padding, pool_speed, preference_table, training_step, weight_transfer
+from benchmarks import bench, driver_cpu, overlap, padding, pool_speed, preference_table, training_step, weight_transfer
 from benchmarks.figure import Figure, in_turns
 from benchmarks.plain_process import PlainProcess
 
@@ -159,3 +159,10 @@ def test_weight_transfers_are_measured() -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_a_training_step_is_measured_on_the_same_losses() -> None:
     assert_sound(asyncio.run(training_step.measure(quick=True)), "training_step")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_what_overlaps_and_what_replicas_add_is_measured() -> None:
+    figures = asyncio.run(overlap.measure(quick=True))
+    assert_sound(figures, "overlap_age_1", "overlap_age_0", "pool_scaling_2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import types
 import typing
 from pathlib import Path
@@ -12,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray import cloudpickle
 
 from actors import records
+from actors.generation import Completion, GenerationRequest
 from actors.records import (
     Critique,
     ExpertLabel,
@@ -29,6 +32,7 @@ from actors.records import (
     schema_of,
     to_table,
 )
+from tests.fake_pool import spoken
 from tests.small_records import make_critique, make_query, make_response
 
 RECORD_TYPES = [kind for kind in vars(records).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
@@ -174,3 +178,14 @@ def test_ids_of_different_origins_differ() -> None:
 def test_an_id_is_the_same_in_every_process_and_release() -> None:
     # sha256("demo\x1f1\x1fqueries\x1fp\x1f2\x1f0"), 24 hex digits: a run of last week can be resumed.
     assert lineage_id("demo", iteration=1, stage="queries", parents=["p"], sample_index=2) == "eae42ba0a1d17c5c5d49eec5"
+
+
+@pytest.mark.parametrize("kind", [GenerationRequest, Completion])
+def test_what_crosses_to_a_replica_comes_out_as_it_went_in(kind: type) -> None:
+    request = GenerationRequest(
+        request_id="r", messages=(Message(role="user", content="1+1"),), max_tokens=4, seed=7, labels=("y", "n")
+    )
+    completion = spoken("2", request_id="r", labels=("y", "n"), good_logprobs=())
+    value: object = request if kind is GenerationRequest else completion
+    assert isinstance(value, kind)
+    assert pickle.loads(cloudpickle.dumps(value)) == value
