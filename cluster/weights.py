@@ -1,4 +1,4 @@
-"""Owns a version of the weights as bytes: tensors in flat buckets of the object store, where each lies, what proves it.
+"""Owns a version of the weights as bytes: tensors in buckets of the object store, where each lies, what proves it.
 
     put_weights ──► WeightManifest ──► iter_tensors, as views          ParityProbe ──► WeightAnswer ──► parity
     (one ray.put per bucket)           (checked by bucket)             (the publisher's log-probs against a replica's)
@@ -29,9 +29,6 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 CHECKSUM_COLUMNS = 64
 
-ALIGNMENT_BYTES = 64
-"""Offset of every tensor within its bucket is a multiple of this, so that a view of any dtype is aligned."""
-
 
 class CorruptBucket(ValueError):
     """The bytes of a bucket are not those that were put, or a tensor does not lie inside it."""
@@ -51,18 +48,19 @@ class TensorSpec:
     shape: tuple[int, ...]
     bucket: int
     """Index into `WeightManifest.buckets`."""
-    offset_bytes: int
+    part: int
+    """Index into the bucket's list."""
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """One flat uint8 NumPy array in the Ray object store."""
+    """A list of flat uint8 NumPy arrays, one for each tensor, in the Ray object store."""
 
-    ref: ray.ObjectRef[Bytes]
+    ref: ray.ObjectRef[list[Bytes]]
     size_bytes: int
     checksum: int
-    """`checksum` of the bytes."""
+    """`checksum` of each array's bytes, chained in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +99,11 @@ Weights: TypeAlias = tuple[WeightManifest, ParityProbe]
 def put_weights(
     named: Iterable[tuple[str, torch.Tensor]], *, version: str, bucket_bytes: int = 256 << 20
 ) -> WeightManifest:
-    """Copy tensors into flat buckets in the object store, one `ray.put` per bucket, and return where each lies.
+    """Copy tensors into buckets in the object store, one `ray.put` per bucket, and return where each lies.
 
-    Each tensor is copied when the iterable gives it and may be freed or overwritten afterwards (gathered ZeRO-3
-    parameters). A bucket is closed before the tensor that would carry it over `bucket_bytes`; a larger tensor has a
-    bucket of its own.
+    A tensor is held, and must stay as it is, until its bucket is put: Ray then copies it straight into shared memory.
+    Who gives tensors that will be freed or overwritten (gathered ZeRO-3 parameters) gives copies. A bucket is closed
+    before the tensor that would carry it over `bucket_bytes`; a larger tensor has a bucket of its own.
 
     Raises:
         ValueError: two tensors with one name, no tensor at all, or `bucket_bytes` < 1.
@@ -117,43 +115,39 @@ def put_weights(
     specs: list[TensorSpec] = []
     buckets: list[Bucket] = []
     names: set[str] = set()
-    buffer, used = np.empty(0, dtype=np.uint8), 0
+    parts: list[Bytes] = []
+    used = 0
     for name, tensor in named:
         if name in names:
             raise ValueError(f"weights {version}: two tensors are named {name!r}; names must be unique")
         names.add(name)
         size = tensor.numel() * tensor.element_size()
-        offset = _aligned(used)
-        if used and offset + size > bucket_bytes:
-            buckets.append(_put_bucket(buffer[:used]))
-            offset = 0
-        if offset + size > buffer.size:
-            # np.empty commits a page only when it is written, so a tiny model pays for its own size alone.
-            assert offset == 0, "a buffer is bucket_bytes long, so only the first tensor of a bucket can exceed it"
-            buffer = np.empty(max(bucket_bytes, size), dtype=np.uint8)
-        if size:
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            torch.from_numpy(buffer[offset : offset + size]).copy_(flat)
-        buffer[used:offset] = 0
-        used = offset + size
+        if used and used + size > bucket_bytes:
+            buckets.append(_put_bucket(parts))
+            parts, used = [], 0
         specs.append(
             TensorSpec(
                 name=name,
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
                 bucket=len(buckets),
-                offset_bytes=offset,
+                part=len(parts),
                 size_bytes=size,
             )
         )
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        parts.append(flat.view(torch.uint8).numpy() if size else np.empty(0, dtype=np.uint8))
+        used += size
     if not specs:
         raise ValueError(f"weights {version}: got no tensors, wanted at least one")
-    buckets.append(_put_bucket(buffer[:used]))
+    buckets.append(_put_bucket(parts))
     return WeightManifest(version=version, tensors=tuple(specs), buckets=tuple(buckets))
 
 
-def checksum(data: Bytes) -> int:
+def checksum(data: Bytes, before: int = 0) -> int:
     """Return the CRC-32 of the sums of a buffer's 8-byte words in 64 columns, and of what is left at its end.
+
+    `before` is the checksum of what comes before it.
 
     It notices what an object store may do to bytes: a flipped bit, a torn or shifted or zeroed range. Reading at the
     speed of memory, it costs a tenth of a CRC of all bytes. No defence against whoever means to forge one.
@@ -161,7 +155,7 @@ def checksum(data: Bytes) -> int:
     line = 8 * CHECKSUM_COLUMNS
     whole = data.size // line * line
     sums = data[:whole].view(np.uint64).reshape(-1, CHECKSUM_COLUMNS).sum(axis=0, dtype=np.uint64)
-    return zlib.crc32(data[whole:].tobytes(), zlib.crc32(sums.tobytes()))
+    return zlib.crc32(data[whole:].tobytes(), zlib.crc32(sums.tobytes(), before))
 
 
 def iter_tensors(manifest: WeightManifest, *, verified: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -174,7 +168,7 @@ def iter_tensors(manifest: WeightManifest, *, verified: bool = False) -> Iterato
     Raises:
         CorruptBucket: bytes differ from what was put; the message names the bucket.
     """
-    held: dict[int, Bytes] = {}
+    held: dict[int, list[Bytes]] = {}
     for spec in manifest.tensors:
         if spec.bucket not in held:
             held = {spec.bucket: _bucket(manifest, spec.bucket, verified=verified)}
@@ -202,43 +196,47 @@ def parity(answer: WeightAnswer, *, version: str, probe: ParityProbe) -> float:
     return worst
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _put_bucket(parts: list[Bytes]) -> Bucket:
+    return Bucket(ref=ray.put(parts), size_bytes=sum(part.size for part in parts), checksum=_chained(parts))
 
 
-def _put_bucket(data: Bytes) -> Bucket:
-    return Bucket(ref=ray.put(data), size_bytes=data.size, checksum=checksum(data))
+def _chained(parts: Iterable[Bytes]) -> int:
+    total = 0
+    for part in parts:
+        total = checksum(part, total)
+    return total
 
 
-def _bucket(manifest: WeightManifest, index: int, *, verified: bool) -> Bytes:
+def _bucket(manifest: WeightManifest, index: int, *, verified: bool) -> list[Bytes]:
     bucket = manifest.buckets[index]
-    data: Bytes = ray.get(bucket.ref)
+    parts: list[Bytes] = ray.get(bucket.ref)
     where = f"weights {manifest.version}: bucket {index} of {len(manifest.buckets)}"
-    if data.size != bucket.size_bytes:
-        raise CorruptBucket(f"{where} has {data.size} bytes, wanted {bucket.size_bytes}; publish the weights again")
-    if not verified and (found := checksum(data)) != bucket.checksum:
+    size_bytes = sum(part.size for part in parts)
+    if size_bytes != bucket.size_bytes:
+        raise CorruptBucket(f"{where} has {size_bytes} bytes, wanted {bucket.size_bytes}; publish the weights again")
+    if not verified and (found := _chained(parts)) != bucket.checksum:
         raise CorruptBucket(
             f"{where} has checksum {found:08x}, wanted {bucket.checksum:08x}; publish the weights again"
         )
-    return data
+    return parts
 
 
-def _view(data: Bytes, *, spec: TensorSpec, version: str) -> torch.Tensor:
+def _view(parts: list[Bytes], *, spec: TensorSpec, version: str) -> torch.Tensor:
     import torch
 
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CorruptBucket(f"weights {version}: {spec.name} has the unknown dtype {spec.dtype!r}")
     wanted = math.prod(spec.shape) * dtype.itemsize
-    end = spec.offset_bytes + spec.size_bytes
-    if spec.size_bytes != wanted or spec.offset_bytes < 0 or end > data.size:
+    there = parts[spec.part].size if 0 <= spec.part < len(parts) else None
+    if spec.size_bytes != wanted or there != wanted:
         raise CorruptBucket(
             f"weights {version}: {spec.name} {list(spec.shape)} {spec.dtype} needs {wanted} bytes; the manifest says "
-            f"[{spec.offset_bytes}, {end}) of bucket {spec.bucket}, which has {data.size}"
+            f"{spec.size_bytes} in part {spec.part} of bucket {spec.bucket}, which has {there}"
         )
     if not wanted:
         return torch.empty(spec.shape, dtype=dtype)
-    flat = torch.from_numpy(np.asarray(_Unlocked(data[spec.offset_bytes : end])))
+    flat = torch.from_numpy(np.asarray(_Unlocked(parts[spec.part])))
     return flat.view(dtype).view(spec.shape)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import elenchus
@@ -28,16 +29,17 @@ def end_here() -> None:
 
 def kill_among_critiques() -> None:
     """End the process when some of the first chunk of critiques, half if it has two or more, is in the log."""
-    append = RunStore.append
+    append_all = RunStore.append_all
 
-    async def append_and_end(self: RunStore, stage: str, table: Any) -> None:
-        if stage != "critiques":
-            return await append(self, stage, table)
+    async def append_and_end(self: RunStore, tables: Mapping[str, Any], *, iteration: int | None = None) -> None:
+        if "critiques" not in tables:
+            return await append_all(self, tables, iteration=iteration)
         # A chunk holds what finished together, at times a single one: the other critiques are lost all the same.
-        await append(self, stage, table.slice(0, max(1, table.num_rows // 2)))
+        part = tables["critiques"].slice(0, max(1, tables["critiques"].num_rows // 2))
+        await append_all(self, {**tables, "critiques": part}, iteration=iteration)
         return end_here()
 
-    RunStore.append = append_and_end  # type: ignore[method-assign]
+    RunStore.append_all = append_and_end  # type: ignore[method-assign]
 
 
 def kill_in_training() -> None:

@@ -266,9 +266,11 @@ def test_an_update_that_is_not_the_whole_model_is_refused_and_the_old_weights_st
 def test_a_corrupted_bucket_is_refused_and_the_old_weights_stay(engine: Engine) -> None:
     run(engine.apply(engine.publish("sound", seed=5)))
     manifest = put_weights(engine.model.named_parameters(), version="rotten", bucket_bytes=40_000)
-    data = np.array(ray.get(manifest.buckets[3].ref))
-    data[100] ^= 1
-    rotten = Bucket(ref=ray.put(data), size_bytes=data.size, checksum=manifest.buckets[3].checksum)
+    parts = [np.array(part) for part in ray.get(manifest.buckets[3].ref)]
+    parts[0][100] ^= 1
+    rotten = Bucket(
+        ref=ray.put(parts), size_bytes=sum(part.size for part in parts), checksum=manifest.buckets[3].checksum
+    )
     with pytest.raises(RayTaskError, match="bucket 3 of"):
         run(engine.apply(replace(manifest, buckets=(*manifest.buckets[:3], rotten, *manifest.buckets[4:]))))
     [done] = run(engine.generate(ask("3+3")))

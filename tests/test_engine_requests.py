@@ -180,7 +180,7 @@ def test_a_replica_s_environment_keeps_the_engine_in_its_process_and_to_its_thre
 
 def manifest_of(shapes: dict[str, tuple[int, ...]], *, version: str = "v1") -> WeightManifest:
     specs = [
-        TensorSpec(name=name, dtype="float32", shape=shape, bucket=0, offset_bytes=0, size_bytes=0)
+        TensorSpec(name=name, dtype="float32", shape=shape, bucket=0, part=0, size_bytes=0)
         for name, shape in shapes.items()
     ]
     return WeightManifest(version=version, tensors=tuple(specs), buckets=())

@@ -148,6 +148,31 @@ def test_pools_grow_and_shrink_while_the_run_goes_on(home: Path, sit: Callable[.
         assert read_stage(run, "critiques", iteration=row.iteration).num_rows == len(answers)
 
 
+def test_a_run_whose_iterations_overlap_learns_from_samples_one_version_old(
+    home: Path, sit: Callable[..., Sitting]
+) -> None:
+    run = home / "runs" / "ahead"
+    sitting = sit("run", "tiny.toml", "--name", "ahead", "--loop.max_policy_age", "1", "--loop.iterations", "4")
+    assert sitting.end() == 0, sitting.output[-3000:]
+    rows = read_metrics(run)
+    assert [row.iteration for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        answers = from_table(read_stage(run, "responses", iteration=row.iteration), Response)
+        assert len({answer.response_id for answer in answers}) == len(answers) == NUM_QUERIES * NUM_SAMPLES
+        versions = {int(answer.policy_version.removeprefix("v")) for answer in answers}
+        assert versions <= {row.iteration - 1, max(0, row.iteration - 2)}
+        pairs = from_table(read_stage(run, "pairs", iteration=row.iteration), PreferencePair)
+        assert {pair.age for pair in pairs} <= {0, 1}
+        assert row.parity_max_abs_diff is not None
+        assert row.parity_max_abs_diff <= 1e-4
+        # At equal weights the two engines differ by rounding; what is older differs by what was learnt since.
+        assert row.training.get("rollout_gap", 0.0) < 1e-4
+        assert row.training["importance_mean"] <= 3.0
+    stale = [row for row in rows if row.sample_ages.get(1)]
+    assert stale, "while one iteration was learnt, none was sampled"
+    assert all(row.training["rollout_gap_stale"] > 1e-4 for row in stale)
+
+
 def test_an_attacker_that_was_hardly_trained_ends_the_run_with_one_clear_line(
     home: Path, sit: Callable[..., Sitting]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Weights in flat buckets, and their sync to fake replicas: parity, quarantine, restarts, corruption, fallback."""
+"""Weights in buckets, and their sync to fake replicas: parity, quarantine, restarts, corruption, fallback."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def published(version: str, *, total: float = 3.0) -> tuple[WeightManifest, Pari
 
 def corrupted(manifest: WeightManifest) -> WeightManifest:
     """The same manifest with one bit of its first bucket flipped."""
-    data = ray.get(manifest.buckets[0].ref).copy()
-    data[0] ^= 1
-    bucket = replace(manifest.buckets[0], ref=ray.put(data))
+    parts = [part.copy() for part in ray.get(manifest.buckets[0].ref)]
+    parts[0][0] ^= 1
+    bucket = replace(manifest.buckets[0], ref=ray.put(parts))
     return replace(manifest, buckets=(bucket, *manifest.buckets[1:]))
 
 
@@ -102,17 +102,17 @@ def test_tensors_come_back_bit_for_bit_in_their_order() -> None:
 
 
 def test_buckets_close_before_the_tensor_that_would_overfill_them() -> None:
-    # 100 + 28 (alignment to 64) + 100 = 228 <= 256; the third starts at 256; the fourth is larger than a bucket.
+    # 100 + 100 <= 256; the third would make 300; the fourth is larger than a bucket.
     sizes = {"a": 100, "b": 100, "c": 100, "d": 300}
     named = [(name, torch.zeros(size, dtype=torch.uint8)) for name, size in sizes.items()]
     manifest = put_weights(named, version="v1", bucket_bytes=256)
-    assert [(spec.bucket, spec.offset_bytes) for spec in manifest.tensors] == [(0, 0), (0, 128), (1, 0), (2, 0)]
-    assert [bucket.size_bytes for bucket in manifest.buckets] == [228, 100, 300]
+    assert [(spec.bucket, spec.part) for spec in manifest.tensors] == [(0, 0), (0, 1), (1, 0), (2, 0)]
+    assert [bucket.size_bytes for bucket in manifest.buckets] == [200, 100, 300]
 
 
-def test_a_bucket_is_one_flat_array_with_its_checksum() -> None:
+def test_a_bucket_holds_flat_arrays_with_their_checksum() -> None:
     manifest = put_weights([("w", torch.tensor([1, 2, 3], dtype=torch.uint8))], version="v1")
-    data = ray.get(manifest.buckets[0].ref)
+    (data,) = ray.get(manifest.buckets[0].ref)
     assert data.dtype == np.uint8
     assert data.tolist() == [1, 2, 3]
     assert manifest.buckets[0].checksum == checksum(data) == zlib.crc32(bytes([1, 2, 3]), zlib.crc32(bytes(512)))
@@ -131,15 +131,20 @@ def test_the_checksum_notices_what_may_happen_to_bytes() -> None:
     assert [what for what, other in wrong.items() if checksum(other) == checksum(data)] == []
 
 
-def test_a_tensor_may_be_overwritten_once_the_next_is_asked_for() -> None:
-    def gathered() -> Any:
-        buffer = torch.zeros(2)
-        for value in (1.0, 2.0):
-            buffer.fill_(value)
-            yield f"w{value:g}", buffer
+def test_a_tensor_may_be_overwritten_once_its_bucket_is_put() -> None:
+    weights = torch.zeros(2)
+    manifest = put_weights([("w", weights)], version="v1")
+    weights.fill_(5.0)
+    assert {name: tensor.tolist() for name, tensor in iter_tensors(manifest)} == {"w": [0, 0]}
 
-    manifest = put_weights(gathered(), version="v1")
-    assert {name: tensor.tolist() for name, tensor in iter_tensors(manifest)} == {"w1": [1, 1], "w2": [2, 2]}
+
+def test_what_is_exchanged_between_two_tensors_is_noticed() -> None:
+    named = [("a", torch.arange(128.0)), ("b", torch.arange(128.0) + 1.0)]
+    manifest = put_weights(named, version="v1")
+    swapped = ray.put(ray.get(manifest.buckets[0].ref)[::-1])
+    manifest = replace(manifest, buckets=(replace(manifest.buckets[0], ref=swapped),))
+    with pytest.raises(CorruptBucket, match="has checksum"):
+        list(iter_tensors(manifest))
 
 
 def test_tensors_are_views_of_the_object_store() -> None:
@@ -156,8 +161,10 @@ def test_a_flipped_bit_is_a_corrupt_bucket_that_names_the_bucket() -> None:
 
 def test_a_spec_beyond_its_bucket_is_corrupt() -> None:
     manifest = put_weights([("w", torch.zeros(2))], version="v1")
-    manifest = replace(manifest, tensors=(replace(manifest.tensors[0], offset_bytes=64),))
-    with pytest.raises(CorruptBucket, match=r"says \[64, 72\) of bucket 0, which has 8"):
+    manifest = replace(manifest, tensors=(replace(manifest.tensors[0], part=1),))
+    with pytest.raises(
+        CorruptBucket, match=r"needs 8 bytes; the manifest says 8 in part 1 of bucket 0, which has None"
+    ):
         list(iter_tensors(manifest))
 
 

@@ -112,9 +112,9 @@ def test_a_corrupt_bucket_is_refused_and_the_old_version_keeps_answering(tmp_pat
             manifest, probe = learner.publish("v1", seed=1)
             await sync_weights(pool, manifest, probe=probe, deadline_s=DEADLINE_S)
             manifest, probe = spoilt.publish("v2", seed=2)
-            data = ray.get(manifest.buckets[-1].ref).copy()
-            data[-1] ^= 1
-            bad = replace(manifest.buckets[-1], ref=ray.put(data))
+            parts = [part.copy() for part in ray.get(manifest.buckets[-1].ref)]
+            parts[-1][-1] ^= 1
+            bad = replace(manifest.buckets[-1], ref=ray.put(parts))
             with pytest.raises(SyncFailed, match="CorruptBucket"):
                 await sync_weights(
                     pool,

@@ -482,7 +482,7 @@ class DeepSpeedRank:
     def publish(self, *, version: str) -> WeightManifest | None:
         """Put the weights into the object store; the manifest on rank 0, None on the others."""
         if self._rank == 0:
-            return put_weights(self._gathered(), version=version)
+            return put_weights(self._sent(), version=version)
         for _ in self._gathered():
             pass
         return None
