@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
+from cluster import metrics
 from cluster.config import Config
 
 if TYPE_CHECKING:
@@ -207,7 +208,9 @@ class Follower:
             self._shown = now
 
     async def _scale(self, name: str, pool: Pool[Any, Any], num_replicas: int, *, why: str) -> None:
-        if self._set.get(name, self._configured[name]) != num_replicas:
+        before = self._set.get(name, self._configured[name])
+        if before != num_replicas:
             logger.info("pool %s: %d replicas wanted (%s)", name, num_replicas, why)
+            metrics.scaled(name, before=before, after=num_replicas, why=why)
             await pool.scale(num_replicas)
             self._set[name] = num_replicas

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from pydantic import Field, ValidationError
 
+from cluster import metrics
 from cluster.config import Config
 from trainers.progress import Progress
 from trainers.summary import IterationMetrics
@@ -169,6 +170,7 @@ class Live:
             stats = await pool.stats()
             speed = self._speeds.setdefault(name, _Speed())
             speed.take(now, answers=stats.num_answered, tokens=stats.num_generated_tokens, busy=stats.num_open > 0)
+            metrics.pool_stands(stats, tokens_per_s=speed.tokens_per_s)
             found[name] = PoolState(
                 wanted=stats.wanted,
                 ready=stats.ready,
