@@ -15,9 +15,8 @@ import logging
 import os
 import sys
 import traceback
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,17 @@ from typing import Any
 import ray
 
 from actors.chat import Tokenizer, decode, encode_chat, label_token_id, load_tokenizer
-from actors.engine_config import EngineConfig
+from actors.engine_config import EngineConfig, gpus_reserved, replica_bundles
 from actors.engine_thread import EngineThread, Finished, InferenceEngine, Sample
 from actors.generation import Completion, GenerationRequest, check_request, sample_seed
 from actors.model_directory import check_model_directory, expected_shapes
+from actors.receiving import Opened, Receiving, ReplicaClient
 from actors.records import Message
 from cluster.log import quiet_libraries, start_log
-from cluster.placement import inside, place_gang
+from cluster.node_labels import label_selector
+from cluster.placement import SHARED_GPU, SharedPlaces, Slot, inside, place_replica
 from cluster.pool import EngineStats, Replica, ReplicaInfo
+from cluster.weight_transfer import Backend
 from cluster.weights import WeightAnswer, WeightManifest, iter_tensors
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,14 @@ __all__ = [
 
 FIRST = -1
 """Priority of probes and canaries: before every request that waits, so that a busy engine answers its deadline."""
+
+
+RECEIVING_SILENCE_S = 120.0
+"""Longest time between two parts of an update from the ranks, after which the replica gives itself up."""
+
+
+class EngineAsleep(RuntimeError):
+    """The engine has given its GPU's memory away and was asked for something."""
 
 
 class EngineBroken(RuntimeError):
@@ -127,6 +137,8 @@ class EngineActor:
         self._config = config
         self._replica_id = replica_id
         self._broken: str | None = None
+        self._is_asleep = False
+        self._receiving: Receiving | None = None
         self._make_engine = make_engine or make_vllm_engine
         self._thread = EngineThread(self._start, on_fatal=on_fatal or _die)
 
@@ -189,6 +201,85 @@ class EngineActor:
                 raise ValueError(f"probe: got a sequence of {len(row)} tokens, wanted 2 to {max_model_len - 1}")
         return await asyncio.wrap_future(self._thread.call(lambda engine: self._apply(engine, manifest, probe)))
 
+    async def open_weights(self, manifest: WeightManifest) -> Opened:
+        """Expect a version straight from the ranks: from now on nothing is stepped, until `prove_weights`.
+
+        Raises:
+            ValueError: the manifest's tensors are not the model's; nothing has begun.
+            EngineBroken: loading failed half-way, now or earlier.
+        """
+        await self._engine_started()
+        self._refuse_if_broken()
+        if self._receiving is not None:
+            raise RuntimeError(f"weights {manifest.version}: an update is under way, wanted one at a time")
+        check_manifest(manifest, expected=expected_shapes(self._config.model))
+        receiving = self._receiving = Receiving(silence_s=RECEIVING_SILENCE_S)
+        self._thread.post(lambda engine: self._receive(engine, receiving))
+        return Opened(replica_id=self._replica_id, num_workers=self._config.tensor_parallel_size)
+
+    async def connect_weights(self, backend: str, rendezvous: Mapping[str, Any]) -> None:
+        """Meet the ranks; once, before the first update."""
+        await self._part(lambda engine: engine.connect(backend, rendezvous))
+
+    async def start_weights(self) -> None:
+        """Make ready for new weights."""
+        await self._part(lambda engine: engine.start_update())
+
+    async def receive_weights(self, part: Any) -> None:
+        """Receive, while the ranks send."""
+        await self._part(lambda engine: engine.receive(part))
+
+    async def finish_weights(self) -> None:
+        """Put together what was received."""
+        await self._part(lambda engine: engine.finish_update())
+
+    async def prove_weights(self, version: str, probe_token_ids: Sequence[Sequence[int]]) -> WeightAnswer:
+        """End the update: take the version, go on with what waits, and return what the engine says of the probe.
+
+        Raises:
+            EngineBroken: a part of the update failed, or none was opened.
+        """
+        if self._receiving is None:
+            self._refuse_if_broken()
+            raise EngineBroken(f"weights {version}: there is no update to prove, wanted open_weights first")
+        receiving, self._receiving = self._receiving, None
+        probe = tuple(tuple(row) for row in probe_token_ids)
+        try:
+            await asyncio.wrap_future(receiving.do(lambda engine: engine.adopt(version)))
+        except RuntimeError as error:
+            self._refuse_if_broken()
+            raise EngineBroken(str(error)) from error
+        receiving.end()
+        logprobs = await asyncio.wrap_future(self._thread.call(lambda engine: self._score(engine, probe)))
+        return WeightAnswer(version=version, logprobs=logprobs)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give the GPU's memory to whoever shares it; the weights are kept in the host's memory (level 1).
+
+        Raises:
+            ValueError: samples are running, which would be lost.
+            EngineBroken: a weight update failed half-way.
+        """
+        await self._engine_started()
+        self._refuse_if_broken()
+
+        def fall_asleep(engine: InferenceEngine) -> None:
+            if engine.is_busy():
+                raise ValueError(
+                    f"engine: got {self._thread.num_running} samples running, wanted none before it sleeps"
+                )
+            engine.sleep(level)
+
+        await asyncio.wrap_future(self._thread.call(fall_asleep))
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        """Take the GPU's memory again; an engine that is awake stays so."""
+        await self._engine_started()
+        if self._is_asleep:
+            await asyncio.wrap_future(self._thread.call(lambda engine: engine.wake()))
+            self._is_asleep = False
+
     async def stats(self) -> EngineStats:
         """Return the replica's counters."""
         return EngineStats(
@@ -231,6 +322,21 @@ class EngineActor:
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
             raise EngineBroken(self._broken)
+        if self._is_asleep:
+            raise EngineAsleep("engine: it sleeps, its GPU's memory is another's; wanted wake() first")
+
+    async def _part(self, command: Callable[[InferenceEngine], None]) -> None:
+        if self._receiving is None:
+            raise RuntimeError("weights: got a part of an update, wanted open_weights first")
+        await asyncio.wrap_future(self._receiving.do(command))
+
+    def _receive(self, engine: InferenceEngine, receiving: Receiving) -> None:
+        """Serve an update to its end, in the engine's thread."""
+        try:
+            receiving.serve(engine)
+        except Exception as error:  # noqa: BLE001 - whoever asked for the part has it; the replica is broken
+            self._broken = f"weights from the ranks: receiving failed half-way ({error}); start the replica anew"
+            self._thread.abort_all(engine, error=EngineBroken(self._broken))
 
     def _samples(self, request: GenerationRequest, *, max_model_len: int) -> list[Sample]:
         check_request(request)
@@ -363,12 +469,43 @@ class VllmEngine:
 
     def load_weights(self, manifest: WeightManifest) -> None:
         """See `InferenceEngine`; requests in flight keep their tokens, and their caches are computed anew."""
+        self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.take(directly=False))
         self._engine.collective_rpc(lambda worker: worker.start_weight_update())
         self._engine.collective_rpc(lambda worker: worker.update_weights({"manifest": manifest}))
         self._engine.collective_rpc(lambda worker: worker.finish_weight_update())
+        self.adopt(manifest.version)
+
+    def connect(self, backend: str, rendezvous: Mapping[str, Any]) -> None:
+        """See `InferenceEngine`."""
+        ends = {"backend": backend, "rendezvous": dict(rendezvous)}
+        self._engine.collective_rpc(lambda worker: worker.init_weight_transfer_engine(ends))
+
+    def start_update(self) -> None:
+        """See `InferenceEngine`."""
+        self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.take(directly=True))
+        self._engine.collective_rpc(lambda worker: worker.start_weight_update())
+
+    def receive(self, part: Any) -> None:
+        """See `InferenceEngine`."""
+        self._engine.collective_rpc(lambda worker: worker.update_weights(part))
+
+    def finish_update(self) -> None:
+        """See `InferenceEngine`."""
+        self._engine.collective_rpc(lambda worker: worker.finish_weight_update())
+
+    def adopt(self, version: str) -> None:
+        """See `InferenceEngine`."""
         # Blocks that the old weights computed must go, also those that running requests hold.
         self._engine.reset_prefix_cache(reset_running_requests=True)
-        self._engine.set_weight_version(manifest.version)
+        self._engine.set_weight_version(version)
+
+    def sleep(self, level: int) -> None:
+        """See `InferenceEngine`."""
+        self._engine.sleep(level=level)
+
+    def wake(self) -> None:
+        """See `InferenceEngine`."""
+        self._engine.wake_up()
 
 
 def make_vllm_engine(config: EngineConfig, seed: int) -> VllmEngine:
@@ -392,37 +529,43 @@ def make_vllm_engine(config: EngineConfig, seed: int) -> VllmEngine:
             f"{current_platform.device_type!r}; set device accordingly or install the other build"
         )
     register_object_store()
-    parallel = config.tensor_parallel_size > 1
+    transfer = WeightTransferConfig(backend="object_store")
     engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model=config.model,
-            trust_remote_code=False,
-            dtype=config.dtype,
-            load_format=config.load_format,
-            use_tqdm_on_load=False,
-            seed=seed,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            kv_cache_memory_bytes=int(config.kv_cache_gb * 2**30) if on_cpu else None,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            tensor_parallel_size=config.tensor_parallel_size,
-            distributed_executor_backend="ray" if parallel else "uni",
-            worker_extension_cls=f"{__name__}.WorkerExtension" if parallel else "",
-            enforce_eager=config.enforce_eager,
-            # On CPU a seeded request whose prompt is prefilled in chunks ends the engine: "CPU Generator does not use
-            # offset" (vLLM 0.32).
-            enable_chunked_prefill=False if on_cpu else None,
-            # With a step in flight, a swap between two steps would give its tokens the wrong version.
-            async_scheduling=False,
-            scheduling_policy="priority",
-            logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend="object_store"),
-            disable_log_stats=True,
-        )
+        EngineArgs(**vllm_arguments(config, seed=seed), weight_transfer_config=transfer)
     )
     engine.collective_rpc(lambda worker: worker.init_weight_transfer_engine({}))
     engine.set_weight_version(config.weight_version)
     return VllmEngine(engine)
+
+
+def vllm_arguments(config: EngineConfig, *, seed: int) -> dict[str, Any]:
+    """Return the fields of vLLM's `EngineArgs` that an engine's settings come to, by name; it has the others' say."""
+    on_cpu, parallel = config.device == "cpu", config.tensor_parallel_size > 1
+    return {
+        "model": config.model,
+        "trust_remote_code": False,
+        "dtype": config.dtype,
+        "load_format": config.load_format,
+        "use_tqdm_on_load": False,
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30) if on_cpu else None,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "ray" if parallel else "uni",
+        "worker_extension_cls": f"{__name__}.WorkerExtension" if parallel else "",
+        "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": config.sleeps,
+        # On CPU a seeded request whose prompt is prefilled in chunks ends the engine: "CPU Generator does not use
+        # offset" (vLLM 0.32).
+        "enable_chunked_prefill": False if on_cpu else None,
+        # With a step in flight, a swap between two steps would give its tokens the wrong version.
+        "async_scheduling": False,
+        "scheduling_policy": "priority",
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
 
 
 def _sampling_params(sample: Sample) -> Any:
@@ -471,6 +614,7 @@ def _finished(sample: Sample, output: Any) -> Finished:
 @cache
 def register_object_store() -> None:
     """Register our backend of vLLM's weight transfer as `object_store`."""
+    from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
@@ -482,7 +626,12 @@ def register_object_store() -> None:
 
     @dataclass
     class ObjectStoreInitInfo(WeightTransferInitInfo):
-        """There is nothing to connect to: a manifest carries its references."""
+        """Without a backend there is nothing to connect to: a manifest carries its references."""
+
+        backend: str = ""
+        """One of vLLM's own, by which the ranks send besides."""
+        rendezvous: dict[str, Any] = field(default_factory=dict)
+        """That backend's own init info."""
 
     @dataclass
     class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
@@ -491,22 +640,52 @@ def register_object_store() -> None:
         manifest: WeightManifest
 
     class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
-        """Loads the tensors of a manifest from the Ray object store of the worker's node."""
+        """Loads the tensors of a manifest from the Ray object store of the worker's node.
+
+        An engine of vLLM has one weight-transfer engine for life. This one therefore keeps one of vLLM's own beside
+        it, once ranks have connected by it: which of the two takes an update is said before each.
+        """
 
         init_info_cls = ObjectStoreInitInfo
         update_info_cls = ObjectStoreUpdateInfo
 
+        _direct: WeightTransferEngine[Any, Any] | None = None
+        _taking: WeightTransferEngine[Any, Any] | None = None
+
         def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
-            pass
+            if not init_info.backend:
+                return
+            if self._direct is not None:
+                self._direct.shutdown()
+            self._direct = WeightTransferEngineFactory.create_engine(
+                WeightTransferConfig(backend=init_info.backend), self.vllm_config, self.device, self.model
+            )
+            self._direct.init_transfer_engine(self._direct.parse_init_info(init_info.rendezvous))
+
+        def take(self, *, directly: bool) -> None:
+            assert self._direct is not None or not directly, "ranks connect before they send"
+            self._taking = self._direct if directly else None
 
         def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
+            if self._taking is not None:
+                self._taking.start_weight_update()
+            else:
+                initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            if self._taking is not None:
+                self._taking.update_weights(update_info)
+            else:
+                super().update_weights(update_info)
 
         def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
             # `EngineActor._apply` has gone through all of them.
             self.model.load_weights(iter_tensors(update_info.manifest, verified=True))
 
         def finish_weight_update(self) -> None:
+            if self._taking is not None:
+                self._taking.finish_weight_update()
+                return
             finalize_layerwise_reload(self.model, self.model_config)
             # vLLM 0.32 leaves the packed head of the CPU backend stale (0.2 nats off, in silence).
             for module in self.model.modules():
@@ -514,9 +693,70 @@ def register_object_store() -> None:
                     module.quant_method.process_weights_after_loading(module)
 
         def shutdown(self) -> None:
-            pass
+            if self._direct is not None:
+                self._direct.shutdown()
 
     WeightTransferEngineFactory.register_engine("object_store", ObjectStoreTransfer)
+
+
+def make_sender(
+    backend: Backend,
+    *,
+    rank: int,
+    parameters: Sequence[tuple[str, Any, tuple[int, ...]]],
+    weights: Callable[[], Iterator[tuple[str, Any]]],
+    client: ReplicaClient,
+    num_workers: int,
+    rendezvous: tuple[str, int],
+) -> Any:
+    """Return one rank's half of vLLM's transfer to one replica; its `send_weights()` is a collective of all ranks.
+
+    Rank 0 meets the replica's workers here and drives them by the client; the others gather with it. A group for each
+    replica, not one for all: a replica that dies, or comes, concerns no other.
+
+    Args:
+        parameters: name, torch dtype and whole shape of everything that will be sent, in its order.
+        weights: gives a fresh pass over (name, whole tensor on this rank's GPU), in that order.
+        num_workers: the replica's processes, one per GPU.
+        rendezvous: address and free port on rank 0's node; "nccl" alone meets there.
+    """
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    class Parameters(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name=name, dtype=dtype, shape=shape) for name, dtype, shape in parameters]
+
+        def __iter__(self) -> Iterator[tuple[str, Any]]:
+            return weights()
+
+    info = sender_info(backend, rank=rank, num_workers=num_workers, rendezvous=rendezvous)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Parameters())
+
+
+def sender_info(backend: Backend, *, rank: int, num_workers: int, rendezvous: tuple[str, int]) -> Any:
+    """Return vLLM's own description of a sending rank."""
+    if backend == "nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        address, port = rendezvous
+        # Rank 0 alone sends; the replica's workers are 1, 2, ….
+        return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + num_workers, rank=rank)
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        # Packed: one buffer at a time, instead of a second copy of all weights.
+        return IPCTrainerInitInfo(packed=True, rank=rank)
+    if backend == "sharded_rdt":
+        from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
+
+        return ShardedRDTTrainerInitInfo(
+            num_consumers=num_workers,
+            workers_per_replica=num_workers,
+            trainer_actor_namespace=ray.get_runtime_context().namespace,
+            rank=rank,
+        )
+    raise ValueError(f'weights: got backend "{backend}", wanted "nccl", "ipc" or "sharded_rdt"')
 
 
 def __getattr__(name: str) -> type:
@@ -552,15 +792,6 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     return environment
 
 
-def gpus_reserved(config: EngineConfig) -> float:
-    """Return what Ray reserves of a GPU for the actor itself: the share of its memory that vLLM will take.
-
-    So engines whose shares fit are placed on one GPU together. None on a CPU; none for tensor parallelism, whose
-    workers have whole GPUs of their own.
-    """
-    return config.gpu_memory_utilization if config.device == "cuda" and config.tensor_parallel_size == 1 else 0.0
-
-
 def start_engine_replica(
     config: EngineConfig,
     *,
@@ -568,10 +799,14 @@ def start_engine_replica(
     name: str = "engine",
     num_cpus: float = 1.0,
     log_path: str | Path | None = None,
+    places: SharedPlaces | None = None,
     placement_timeout_s: float = 60.0,
 ) -> Replica:
-    """Reserve room for a replica and start it there; `ready()` says when it serves. Blocks until there is room.
+    """Reserve room for a replica and start it there, or in one of the `places` that it shares in turn with others.
 
+    `ready()` says when it serves. Blocks until there is room.
+
+    Replicas of one `name` are one another's like where `config.arrangement` keeps them apart.
     `num_cpus` is what Ray's scheduler counts (pools may share cores: 0.5); `config.threads` is what is used. What the
     process logs is appended to `log_path`, on the replica's node.
 
@@ -580,29 +815,41 @@ def start_engine_replica(
         PlacementTimeout: the cluster has no room.
     """
     check_model_directory(config.model)
-    num_gpus = gpus_reserved(config)
-    bundles: list[dict[str, float]] = [{"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}]
-    if config.tensor_parallel_size > 1:
-        bundles += [{"GPU": 1.0} for _ in range(config.tensor_parallel_size)]  # vLLM's own workers, one per GPU
-    # The suffix: a cluster admits a name once, also over several runs.
-    group = place_gang(
-        bundles,
-        strategy="STRICT_PACK",
-        name=f"{name}-{replica_id}-{uuid.uuid4().hex[:8]}",
+    arguments = {"replica_id": replica_id, "log_path": None if log_path is None else str(log_path)}
+    environment = engine_environment(config)
+    if places is not None:
+        with places.next(timeout_s=placement_timeout_s) as slot:
+            options = {
+                "name": slot.name,
+                "num_gpus": SHARED_GPU if config.tensor_parallel_size == 1 else 0,
+                "scheduling_strategy": inside(places.group, bundle=slot.bundles[0]),
+                "runtime_env": {"env_vars": environment | shared_environment(slot)},
+            }
+            actor = ray.remote(EngineActor).options(num_cpus=num_cpus, max_restarts=0, **options)
+            return Replica(actor=actor.remote(config, **arguments))
+    group = place_replica(
+        replica_bundles(config, num_cpus=num_cpus),
+        pool=name,
+        apart=config.arrangement == "spread",
+        labels=label_selector(config.node_labels),
         timeout_s=placement_timeout_s,
     )
-    actor = (
-        ray.remote(EngineActor)
-        .options(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            scheduling_strategy=inside(group),
-            runtime_env={"env_vars": engine_environment(config)},
-        )
-        .remote(config, replica_id=replica_id, log_path=None if log_path is None else str(log_path))
+    actor = ray.remote(EngineActor).options(
+        num_cpus=num_cpus,
+        num_gpus=gpus_reserved(config),
+        max_restarts=0,
+        scheduling_strategy=inside(group),
+        runtime_env={"env_vars": environment},
     )
-    return Replica(actor=actor, placement_group=group)
+    return Replica(actor=actor.remote(config, **arguments), placement_group=group)
+
+
+def shared_environment(slot: Slot) -> dict[str, str]:
+    """Return what tells vLLM's Ray executor where its workers stand in a gang, and that each has a part of a GPU."""
+    return {
+        "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, slot.bundles)),
+        "VLLM_RAY_PER_WORKER_GPUS": f"{SHARED_GPU:g}",
+    }
 
 
 def _die(error: BaseException) -> None:

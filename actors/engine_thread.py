@@ -14,9 +14,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from actors.generation import GenerationRequest
 from cluster.weights import WeightManifest
@@ -72,6 +72,27 @@ class InferenceEngine(Protocol):
 
     def load_weights(self, manifest: WeightManifest) -> None:
         """Replace all weights and take the manifest's version; after an exception the engine is unusable."""
+
+    def connect(self, backend: str, rendezvous: Mapping[str, Any]) -> None:
+        """Meet the ranks by one of vLLM's own ways to send weights."""
+
+    def start_update(self) -> None:
+        """Make ready for weights that come in parts; until the end of the update nothing may be stepped."""
+
+    def receive(self, part: Any) -> None:
+        """Receive a part from the ranks."""
+
+    def finish_update(self) -> None:
+        """Put together what was received."""
+
+    def adopt(self, version: str) -> None:
+        """Forget what the weights before computed, and call the new ones by their version."""
+
+    def sleep(self, level: int) -> None:
+        """Give the GPU's memory back; only while there is nothing to step."""
+
+    def wake(self) -> None:
+        """Take the GPU's memory again, with the weights as they were."""
 
 
 class Outbox(Protocol):

@@ -98,6 +98,7 @@ class Replica:
     `ready() -> ReplicaInfo`, once it can serve;
     `generate(requests)`, an async generator of lists of results, in the order in which they finish;
     `apply_weights(manifest, probe_token_ids) -> WeightAnswer`;
+    `sleep()` and `wake()`, where replicas share GPUs in turn;
     `stats() -> EngineStats`; `check()`, a canary that touches what `generate` needs.
     """
 
@@ -261,6 +262,9 @@ class Pool(Generic[Req, Res]):
         self.name = name
         self.current: Weights | None = None
         self.weights_lock = asyncio.Lock()
+        self.deliver: Callable[[Any, Weights], Awaitable[WeightAnswer]] | None = None
+        """How weights reach the actor of a replica that serves; None, and for one that starts: `apply_weights`."""
+        self._is_asleep = False
         self._start_replica = start_replica
         self._wanted = _checked_count(name, num_replicas)
         self._max_restarts = max_restarts
@@ -367,6 +371,32 @@ class Pool(Generic[Req, Res]):
         self._failed_starts = 0
         self._next_start = 0.0
         self._wakeup.set()
+
+    async def sleep(self) -> None:
+        """Have every replica give its GPU's memory to whoever shares it; one that does not is ended.
+
+        What is on its way is answered first; until `wake` nothing more is dispatched, and no replica is started.
+        """
+        self._is_asleep = True
+        # What starts takes of the GPU, and what is on its way is answered first.
+        while self._in_state(_State.STARTING) or any(member.calls for member in self._members.values()):
+            await asyncio.sleep(0.02)
+        await self._all_or_lost("sleep", lambda actor: actor.sleep.remote())
+
+    async def wake(self) -> None:
+        """Have every replica take its GPU's memory again; one that does not is ended, and another is brought up."""
+        try:
+            await self._all_or_lost("wake", lambda actor: actor.wake.remote())
+        finally:
+            self._is_asleep = False
+            for member in self._in_state(_State.READY):
+                member.last_progress = time.monotonic()
+            self._wakeup.set()
+
+    async def _all_or_lost(self, what: str, call: Callable[[Any], Awaitable[None]]) -> None:
+        for replica_id, answer in (await self.fanout(call, timeout_s=self._ready_timeout_s)).items():
+            if isinstance(answer, Exception):
+                await self.quarantine(replica_id, reason=f"{what}: {first_line(answer)}")
 
     def readiness(self) -> Readiness:
         """Return how the pool stands to what is wanted of it, without asking anybody."""
@@ -477,7 +507,10 @@ class Pool(Generic[Req, Res]):
     async def _take_weights(self, member: _Member[Req, Res], weights: Weights, *, timeout_s: float) -> float:
         manifest, probe = weights
         member.may_answer.clear()
-        taken = member.actor.apply_weights.remote(manifest, probe.token_ids)
+        if self.deliver is None or member.state is _State.STARTING:
+            taken = member.actor.apply_weights.remote(manifest, probe.token_ids)
+        else:
+            taken = self.deliver(member.actor, weights)
         answer: WeightAnswer = await _within(timeout_s, taken)
         member.max_abs_diff = parity(answer, version=manifest.version, probe=probe)
         member.weights = weights
@@ -689,8 +722,9 @@ class Pool(Generic[Req, Res]):
         interval_s = max(0.05, min(1.0, self._progress_timeout_s / 4))
         try:
             while True:
-                self._reconcile()
-                self._dispatch()
+                if not self._is_asleep:
+                    self._reconcile()
+                    self._dispatch()
                 self._watch()
                 self._reap()
                 try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from cluster import metrics
 from cluster.pool import Pool, first_line
 from cluster.weights import ParityProbe, WeightManifest, Weights
 
@@ -70,6 +71,7 @@ async def sync_weights(
             diffs = await pool.wait_for_weights(timeout_s=deadline_s - (time.monotonic() - started))
         if not diffs:
             await _fall_back(pool, previous, failures=failures, deadline_s=deadline_s)
+            metrics.sync_refused(pool.name, seconds=time.monotonic() - started)
             reasons = "; ".join(f"replica {i}: {first_line(error)}" for i, error in sorted(failures.items()))
             raise SyncFailed(
                 f"pool {pool.name}: no replica took {manifest.version} within {deadline_s:g} s "
@@ -84,6 +86,7 @@ async def sync_weights(
             max_abs_diff=max(diffs.values()),
             seconds=time.monotonic() - started,
         )
+        metrics.synced(pool.name, report)
         logger.info(
             "pool %s: %s on %d replicas, %d quarantined, max |Δ| %.3g nats, %.2f s",
             pool.name,

@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "unknown key that is like none": (
         "[loop]\nxyz = 2\n",
         "a.toml:2: loop.xyz: unknown key, wanted one of iterations, queries_per_iteration, epochs, sync_deadline_s, "
-        "parity_bound",
+        "max_policy_age, importance, parity_bound",
     ),
     "wrong type: number": ('seed = "7"\n', 'a.toml:1: seed: got "7", wanted a whole number'),
     "wrong type: whole number": ("seed = 7.5\n", "a.toml:1: seed: got 7.5, wanted a whole number"),
@@ -137,6 +137,12 @@ CONFIGS: dict[str, tuple[str, str]] = {
         "[critic]\nengine.max_model_len = 64\njudging.max_tokens = 96\n",
         "a.toml:3: critic.judging.max_tokens: got 96, wanted less than the context, "
         "critic.engine.max_model_len = 64, which prompt and answer share",
+    ),
+    "old samples at another temperature": (
+        "[loop]\nmax_policy_age = 1\n[rollouts.sampling]\ntemperature = 0.7\n",
+        "a.toml:4: rollouts.sampling.temperature: got 0.7 with loop.max_policy_age = 1, wanted 1: older samples are "
+        "weighed by their log-probs, which are then not those of the learner; or set loop.importance.kind = "
+        '"none"',
     ),
     "unset variable": (
         'runs_dir = "${NO_SUCH_PLACE}/runs"\n',

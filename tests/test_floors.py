@@ -13,7 +13,7 @@ FLOORS = ("cluster", "actors", "trainers", "serve", "elenchus")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "base", "misc"}
 # Where an engine may be imported, so that `import trainers.losses.dpo` costs none.
 ENGINES = {
-    "vllm": {"actors/engine.py"},
+    "vllm": {"actors/engine.py", "serve/learner_engine.py"},
     "deepspeed": {"trainers/deepspeed_worker.py"},
 }
 

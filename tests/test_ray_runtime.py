@@ -144,7 +144,7 @@ class Sitter:
 
 @pytest.mark.usefixtures("ray_session")
 def test_releasing_a_group_kills_the_actor_in_it() -> None:
-    group = place_replica({"CPU": 0.1}, name="one", timeout_s=20)
+    group = place_replica([{"CPU": 0.1}], pool="one", timeout_s=20)
     sitter = Sitter.options(scheduling_strategy=inside(group)).remote()
     process = psutil.Process(ray.get(sitter.pid.remote(), timeout=40))
     release(group)

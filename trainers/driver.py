@@ -60,6 +60,7 @@ from trainers.evaluation import (
     live_sample,
 )
 from trainers.gpu_turns import GpuTurns
+from trainers.importance import ImportanceConfig
 from trainers.journal import Journal
 from trainers.loop_config import LoopConfig
 from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
@@ -89,6 +90,8 @@ class DriverConfig:
     """Pairs per optimizer step."""
     tokens_spanning: Callable[[Sequence[int], int], int]
     """How many of the learner's tokens it takes to spell so many characters (actors.chat.num_tokens_spanning)."""
+    importance: ImportanceConfig | None = None
+    """How samples of older weights are corrected for; None where their log-probs can't be compared."""
 
 
 class Stopped(Exception):
@@ -394,7 +397,7 @@ class Driver:
                     loss=self._config.loss,
                     loss_config=self._config.loss_config,
                     plan=plan,
-                    importance=self._config.loop.importance,
+                    importance=self._config.importance,
                 )
         self._watch_gap(prepared.iteration, report)
         return report

@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from actors.domains import domain_called
-from actors.engine_config import EngineConfig
+from actors.engine_config import EngineConfig, gpus_reserved, split_problem
 from cluster.commits import NUM_CHECKPOINTS_KEPT
 from cluster.machine import Gpu, Machine, gib, nearest_folder
 from cluster.ray_config import address_to_join
+from cluster.weight_transfer import Ends, Transfer, checked_transfer, usable_backends
+from trainers.gpu_turns import shared_bundles
 from trainers.memory_estimate import (
     BYTES,
     DRIVER_BYTES,
     ENGINE_PROCESS_BYTES,
     GIB,
+    GPU_OVERHEAD_BYTES,
     MIB,
     RANK_PROCESS_BYTES,
     RAY_BYTES,
@@ -40,7 +43,7 @@ from trainers.memory_estimate import (
     kv_bytes_per_token,
     training_memory,
 )
-from trainers.run_config import BOOTSTRAP, RunConfig
+from trainers.run_config import BOOTSTRAP, RunConfig, tenants
 
 WEIGHT_VERSIONS_IN_STORE = 2
 """The version that replicas hold, for one that restarts, and the next one."""
@@ -132,6 +135,8 @@ class Plan:
     """Host memory besides the roles', in bytes."""
     work: Work
     files: tuple[PlannedFile, ...]
+    transfer: Transfer
+    """Which way new weights go to the rollout pool."""
     problems: tuple[str, ...]
     """What does not fit, one line each."""
     notes: tuple[str, ...] = ()
@@ -161,10 +166,14 @@ def plan_run(config: RunConfig, *, machine: Machine | None) -> Plan:
     """Return what a run of this config would take; `machine` is None when it would join a cluster.
 
     Raises:
-        ValueError: a model directory is none, so that nothing can be said of it; one line for each.
+        ValueError: a model directory is none, so that nothing can be said of it, or can't be split over GPUs as asked;
+            or weights can't go the way that is asked for. One line for each.
     """
     shapes = _shapes(config)
-    roles = tuple(_roles(config, shapes=shapes, gpus=() if machine is None else machine.gpus))
+    _refuse_splits(config)
+    transfer = planned_transfer(config, num_gpus=None if machine is None else len(machine.gpus))
+    gpus = () if machine is None else machine.gpus
+    roles = tuple(_roles(config, shapes=shapes, gpus=gpus, transfer=transfer))
     work = _work(config)
     files = tuple(_files(config, shape=shapes["learner"], work=work))
     folder = nearest_folder(config.runs_dir)
@@ -187,9 +196,33 @@ def plan_run(config: RunConfig, *, machine: Machine | None) -> Plan:
         },
         work=work,
         files=files,
+        transfer=transfer,
         problems=(),
     )
     return _judged(plan, config=config, shapes=shapes)
+
+
+def planned_transfer(config: RunConfig, *, num_gpus: int | None) -> Transfer:
+    """Return which way new weights go from the learner's ranks to the rollout pool.
+
+    Args:
+        config: the run's.
+        num_gpus: GPUs that there are; None where nobody has looked.
+
+    Raises:
+        ValueError: the config asks for a way that can't work.
+    """
+    training, engine = config.learner.training, config.rollouts.engine
+    ends = Ends(
+        num_ranks=training.num_ranks,
+        gpus_per_rank=training.gpus_per_rank,
+        zero_stage=training.zero_stage,
+        tensor_parallel=engine.tensor_parallel_size,
+        gpus_per_replica=_engine_gpus(engine),
+        in_turn="rollouts" in config.placement.colocate,
+        num_gpus=num_gpus,
+    )
+    return checked_transfer(config.weight_sync, ends, backends=usable_backends())
 
 
 def changed_keys(config: RunConfig) -> dict[str, str]:
@@ -232,27 +265,81 @@ def _shapes(config: RunConfig) -> dict[str, ModelShape]:
     return {role: shape for role, model in models.items() if (shape := by_model[model]) is not None}
 
 
-def _roles(config: RunConfig, *, shapes: Mapping[str, ModelShape], gpus: Sequence[Gpu]) -> Iterator[RolePlan]:
+def _refuse_splits(config: RunConfig) -> None:
+    """Check that each model's attention heads can be split over the GPUs of a replica.
+
+    Raises:
+        ValueError: vLLM would refuse it when the engine starts; one line for each role.
+    """
+    problems = []
+    for role, engine in _engines(config).items():
+        heads, kv_heads = _heads(config, engine.model)
+        why = split_problem(engine.tensor_parallel_size, num_heads=heads, num_kv_heads=kv_heads)
+        if why is not None:
+            problems.append(f"{role}.engine.tensor_parallel_size: {why}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _heads(config: RunConfig, model: str) -> tuple[int, int]:
+    """Return a model's numbers of query heads and of key-value heads."""
+    if model == BOOTSTRAP:
+        return config.base_model.num_heads, config.base_model.num_heads
+    whole = json.loads((Path(model) / "config.json").read_bytes())
+    inner = whole.get("text_config")
+    sizes = inner if isinstance(inner, dict) else whole
+    heads = sizes.get("num_attention_heads") or sizes["n_head"]  # `directory_shape` has seen that one of them is there
+    return heads, sizes.get("num_key_value_heads") or heads
+
+
+def _roles(
+    config: RunConfig, *, shapes: Mapping[str, ModelShape], gpus: Sequence[Gpu], transfer: Transfer
+) -> Iterator[RolePlan]:
     smallest = min((gpu.memory_bytes for gpu in gpus), default=None)
     for role, section in (("attacker", config.attacker), ("rollouts", config.rollouts), ("critic", config.critic)):
-        yield _engine_plan(role, section.engine, count=section.replicas, shape=shapes[role], gpu_bytes=smallest)
+        plan = _engine_plan(role, section.engine, count=section.replicas, shape=shapes[role], gpu_bytes=smallest)
+        yield _in_turn(plan, section.engine, shape=shapes[role]) if role in config.placement.colocate else plan
     shape, training = shapes["learner"], config.learner.training
     tensors = training_memory(shape, training)
     on_gpu = training.gpus_per_rank > 0
     # Rank 0 copies the weights once to publish them, and once to export them.
     host = {} if on_gpu else tensors
+    aside = {"put aside": tensors["gradients"] + tensors["optimizer"]} if config.placement.colocate else {}
     yield RolePlan(
         role="learner",
         unit="rank",
         count=training.num_ranks,
         model=config.learner.model,
         num_parameters=shape.num_parameters,
-        cpus=training.cpus_per_rank or (0.0 if on_gpu else 0.001),
+        cpus=_rank_cpus(config),
         gpus=(training.gpus_per_rank,) if on_gpu else (),
         threads=training.threads_per_rank,
-        memory={**host, "copy": shape.num_parameters * BYTES[training.dtype], "process": RANK_PROCESS_BYTES},
+        memory={**host, **aside, "copy": shape.num_parameters * BYTES[training.dtype], "process": RANK_PROCESS_BYTES},
         gpu_memory=tensors if on_gpu else {},
-        notes=(f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}",),
+        notes=(
+            f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}",
+            f"new weights go by {transfer.backend} ({transfer.reason})",
+        ),
+    )
+
+
+def _rank_cpus(config: RunConfig) -> float:
+    """Return the CPUs that one rank reserves, those of an engine on its GPUs included."""
+    training = config.learner.training
+    if config.placement.colocate:
+        return max(bundle.get("CPU", 0.0) for bundle in shared_bundles(tenants(config), training=training))
+    return training.cpus_per_rank or (0.0 if training.gpus_per_rank > 0 else 0.001)
+
+
+def _in_turn(plan: RolePlan, engine: EngineConfig, *, shape: ModelShape) -> RolePlan:
+    """Return the plan of a role whose replicas stand on the learner's GPUs: those are the learner's reservation."""
+    asleep = shape.num_parameters * BYTES[engine_dtype(shape, engine)]
+    return replace(
+        plan,
+        cpus=0.001,  # the learner's bundles have room for it; what counts shares of CPUs wants one
+        gpus=(),
+        memory={**plan.memory, "asleep": asleep},
+        notes=(*plan.notes, f"on the learner's GPUs, {engine.tensor_parallel_size} each, asleep while it trains"),
     )
 
 
@@ -283,8 +370,6 @@ def _engine_gpus(engine: EngineConfig) -> tuple[float, ...]:
     """Return the shares of GPUs that a replica reserves, as `start_engine_replica` does."""
     if engine.device != "cuda":
         return ()
-    from actors.engine import gpus_reserved
-
     own = gpus_reserved(engine)
     return (own,) if own else (1.0,) * engine.tensor_parallel_size
 
@@ -472,6 +557,15 @@ def _gpu_memory_problems(
                 "tensor_parallel_size, or lower max_model_len"
             )
     learner = next(role for role in plan.roles if role.role == "learner")
+    for role in config.placement.colocate:
+        share_of_engine = _engines(config)[role].gpu_memory_utilization
+        kept = learner.gpu_memory["weights"] + GPU_OVERHEAD_BYTES
+        if share_of_engine * gpu_bytes + kept > gpu_bytes:
+            yield (
+                f"{role}.engine.gpu_memory_utilization: got {share_of_engine:g} on GPUs where the learner keeps an "
+                f"estimated {gib(kept)} between its turns, wanted at most {max(0.0, 1 - kept / gpu_bytes):.2f} of "
+                f"{gib(gpu_bytes)}"
+            )
     share = config.learner.training.gpus_per_rank
     if learner.gpu_memory and sum(learner.gpu_memory.values()) > share * gpu_bytes:
         yield (

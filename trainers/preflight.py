@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 from actors.model_directory import check_model_directory, check_weights, context_length, fingerprint
 from cluster.config import ConfigError
 from cluster.ray_config import address_to_join
-from cluster.room import Need, Room, shortages
+from cluster.room import NAMES, Demand, Need, RayDemand, Room, shortages
 from trainers.run_config import BOOTSTRAP, RunConfig
+from trainers.tracking_config import missing_trackers
 
 ROOM_TIMEOUT_S = 10.0
 """How long a run waits for room on a cluster before it is refused: what has just ended gives back within seconds."""
+GROWTH_TIMEOUT_S = 1800.0
+"""The same where nodes come when they are asked for: a cloud takes minutes, a queue before it longer."""
 MAX_NAMED = 4
 """Differing keys that one message names."""
 CERTAIN = ("placement:", "disk:")
@@ -33,6 +36,7 @@ CERTAIN = ("placement:", "disk:")
 def machine_problems(config: RunConfig) -> Iterator[str]:
     """Yield what stands against beginning a run of the config on this machine."""
     yield from _place_problems(config)
+    yield from missing_trackers(config.tracking)
     yield from _port_problems(config)
     yield from _cluster_problems(config)
     wrong_models = list(_model_problems(config))
@@ -57,6 +61,7 @@ def _resume_problems(config: RunConfig, *, run_dir: Path) -> Iterator[str]:
         yield f'{run_dir}: got the directory of the run "{config.name}", wanted it under that name: rename it back'
         return
     yield from _told(partial(store.check_resumable, run_dir))
+    yield from missing_trackers(config.tracking)
     yield from _port_problems(config)
     yield from _cluster_problems(config)
     wrong_models = list(_model_problems(config))
@@ -66,41 +71,76 @@ def _resume_problems(config: RunConfig, *, run_dir: Path) -> Iterator[str]:
         yield from (line for line in _plan_problems(config) if not line.startswith("disk:"))
 
 
-def check_room(config: RunConfig, *, room: Room) -> None:
-    """Check that a cluster that was joined has room for a run's roles.
-
-    Raises:
-        ConfigError: it lacks something, or others hold it; a line for each resource.
-    """
+def reserved(config: RunConfig) -> list[Need]:
+    """Return what a run's roles reserve of a cluster, as `elenchus plan` counts it."""
     from trainers.plan import plan_run
 
-    needs = [
+    return [
         Need(role=role.role, count=role.count, cpus=role.cpus, gpus=sum(role.gpus))
         for role in plan_run(config, machine=None).roles
     ]
-    _raise_all(shortages(needs, room=room))
 
 
 async def await_room(
-    config: RunConfig, *, look: Callable[[], Room], note: Callable[[str], None], timeout_s: float = ROOM_TIMEOUT_S
+    config: RunConfig,
+    *,
+    look: Callable[[], Room],
+    note: Callable[[str], None],
+    demand: Callable[[Sequence[Need]], Demand] = RayDemand,
+    timeout_s: float | None = None,
 ) -> None:
-    """Return when a cluster that was joined has room for a run's roles; others may be just giving it back.
+    """Return when a cluster that was joined has room for a run's roles.
+
+    Others may be just giving it back; where the cluster grows it is asked to, and waited for.
+
+    Args:
+        look: says what room there is.
+        note: is told what is waited for, and again when that changes.
+        demand: asks a cluster that grows for nodes.
+        timeout_s: how long to wait; None for ROOM_TIMEOUT_S, or GROWTH_TIMEOUT_S where the cluster grows.
 
     Raises:
         ConfigError: it has not got it in time; a line for each resource.
     """
-    deadline = time.monotonic() + timeout_s
+    needs = reserved(config)
+    begun = time.monotonic()
+    asked: Demand | None = None
     said = ""
-    while True:
-        try:
-            return check_room(config, room=look())
-        except ConfigError as error:
-            if time.monotonic() >= deadline:
-                raise
-            if str(error) != said:
-                said = str(error)
-                note(f"waiting up to {timeout_s:g} s for room: {said}")
-        await asyncio.sleep(min(0.5, timeout_s))
+    try:
+        while True:
+            room = look()
+            lacking = list(shortages(needs, room=room)) if asked is None else []
+            if not lacking and (asked is None or asked.is_met()):
+                return
+            if room.grows and asked is None:
+                asked = demand(needs)
+            if asked is not None:
+                # What has come for it counts as held: from now on the demand itself says when all is there.
+                lacking = [_growth(needs, room=room)]
+            limit_s = timeout_s or (GROWTH_TIMEOUT_S if room.grows else ROOM_TIMEOUT_S)
+            if time.monotonic() - begun >= limit_s:
+                raise ConfigError(lacking)
+            if (waits_for := " · ".join(lacking)) != said:
+                said = waits_for
+                note(f"waiting up to {limit_s:g} s for room: {said}")
+            await asyncio.sleep(min(0.5, limit_s))
+    finally:
+        if asked is not None:
+            asked.release()
+
+
+def _growth(needs: Sequence[Need], *, room: Room) -> str:
+    """Return what a cluster that grows has got so far of what it was asked for."""
+    there = " and ".join(f"{room.total.get(name, 0.0):g} {name}s" for name in NAMES)
+    roles = " + ".join(f"{need.count} × {need.role} ({' and '.join(_amounts(need))})" for need in needs)
+    return (
+        f"cluster: got {len(room.nodes)} nodes with {there}, wanted room for {roles}: it was asked to grow "
+        "(`ray status` on its head says how far that is); lower the counts if it may not"
+    )
+
+
+def _amounts(need: Need) -> Iterator[str]:
+    yield from (f"{getattr(need, each):g} {name}s" for name, each in NAMES.items() if getattr(need, each))
 
 
 # -------------------------------------------------------------------------------------------------------------- models

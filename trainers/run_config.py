@@ -33,10 +33,13 @@ from cluster.config import (
 )
 from cluster.ray_config import RayConfig
 from cluster.scaling import AutoscaleConfig
+from cluster.weight_transfer import WeightSyncConfig
 from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
+from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
 from trainers.preferences import PreferenceConfig
+from trainers.tracking_config import TrackingConfig
 from trainers.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -144,10 +147,16 @@ class RunConfig(Config):
     """What the learner is trained on: `kind` names a file of trainers/losses."""
     learner: LearnerSection = LearnerSection()
     """The model that is trained."""
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    """Which way new weights go from the ranks to the rollout pool."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which pools share the learner's GPUs."""
     loop: LoopConfig = LoopConfig()
     """Iterations, queries, epochs."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Sizes of the evaluation sets."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the rows of metrics.jsonl go besides."""
     ray: RayConfig = RayConfig()
     """The cluster."""
 
@@ -158,7 +167,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
-        problems = [*_contexts(self), *_models(self), *_divisions(self), *_exclusions(self)]
+        checks = (_contexts, _models, _divisions, _exclusions, _ages, _gpus)
+        problems = [line for check in checks for line in check(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -289,6 +299,47 @@ def _divisions(config: RunConfig) -> Iterator[str]:
                 f"{key}: got {number}, wanted a multiple of {by} = {divisor}: {number} = {divisor} × {times} + {rest}; "
                 f"{nearest} would do"
             )
+
+
+def tenants(config: RunConfig) -> dict[str, Tenant]:
+    """Return the pools that stand on the learner's GPUs, in the config's order."""
+    sections: dict[str, AttackerSection | RolloutsSection | CriticSection] = {
+        "attacker": config.attacker,
+        "rollouts": config.rollouts,
+        "critic": config.critic,
+    }
+    return {
+        name: Tenant(
+            engine=sections[name].engine,
+            replicas=sections[name].replicas,
+            most_replicas=max(sections[name].replicas, sections[name].autoscale.max),
+        )
+        for name in config.placement.colocate
+    }
+
+
+def _ages(config: RunConfig) -> Iterator[str]:
+    """Yield where samples of older weights are to be corrected for by log-probs that can't be compared."""
+    temperature = config.rollouts.sampling.temperature
+    if config.loop.max_policy_age and config.loop.importance.kind != "none" and temperature != 1.0:
+        yield (
+            f"rollouts.sampling.temperature: got {temperature:g} with loop.max_policy_age = "
+            f"{config.loop.max_policy_age}, wanted 1: older samples are weighed by their log-probs, which are then not "
+            'those of the learner; or set loop.importance.kind = "none"'
+        )
+
+
+def _gpus(config: RunConfig) -> Iterator[str]:
+    """Yield where roles can't share GPUs as asked, or can't agree on a type of numbers."""
+    training = config.learner.training
+    yield from colocation_problems(config.placement, tenants=tenants(config), training=training)
+    if config.placement.colocate and config.learner.model == BOOTSTRAP:
+        yield 'placement.colocate: got it with learner.model = "bootstrap", wanted a model directory: it is for GPUs'
+    if training.dtype == "bf16" and config.rollouts.engine.dtype == "float16":
+        yield (
+            'rollouts.engine.dtype: got "float16" beside learner.training.dtype = "bf16", wanted "bfloat16": float16 '
+            "has not its range, so weights may become infinite on their way"
+        )
 
 
 def _exclusions(config: RunConfig) -> Iterator[str]:

@@ -9,9 +9,11 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,20 +31,24 @@ from actors.rollout import Rollout
 from actors.rubrics import StepMarks
 from cluster.environment import git_commit
 from cluster.jobs import JOB_VARIABLE
+from cluster.metrics import recording
+from cluster.placement import SharedPlaces, release
 from cluster.pool import Pool
 from cluster.ray_runtime import start_ray
 from cluster.room import cluster_room
 from cluster.scaling import Follower
 from cluster.store import RunStore
-from trainers import statistics
+from trainers import loop_metrics, statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
-from trainers.driver import Driver, DriverConfig, Roles
+from trainers.driver import Driver, DriverConfig, Roles, Stopped
 from trainers.evaluation import evaluation_sets
+from trainers.gpu_turns import GpuTurns, share_gpus
 from trainers.live import Live
 from trainers.loop_state import STAGES, LoopState, WallClock
+from trainers.plan import planned_transfer
 from trainers.preflight import await_room, model_record
 from trainers.progress import Progress, StopSignal
-from trainers.run_config import BOOTSTRAP, RunConfig
+from trainers.run_config import BOOTSTRAP, RunConfig, tenants
 from trainers.summary import (
     BeforeAfter,
     CountedBeforeAfter,
@@ -57,11 +63,16 @@ from trainers.summary import (
     summarise_pairs,
     write_summary,
 )
-from trainers.tracking import TensorBoardTracker
+from trainers.trackers import TrackedRun
+from trainers.tracking import Trackers, identity_of, told_settings
 from trainers.training_group import ModelSource, TrainingGroup
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+STOP_POLL_S = 0.2
+"""How soon a stop is noticed while there is no loop yet to notice it."""
 NUM_PROBE_SEQUENCES = 16
 """Sequences of the parity probe, drawn from the domain's probe problems."""
 
@@ -106,11 +117,11 @@ def _sit(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSi
 
 
 class Recorded:
-    """A watcher that also writes every committed iteration to TensorBoard."""
+    """A watcher that also gives every committed iteration to the trackers and to Ray's metrics."""
 
-    def __init__(self, inner: Progress, tracker: TensorBoardTracker) -> None:
+    def __init__(self, inner: Progress, trackers: Trackers) -> None:
         self._inner = inner
-        self._tracker = tracker
+        self._trackers = trackers
 
     def stage(self, name: str, *, done: int, total: int | None = None) -> None:
         """Pass on how far a stage is."""
@@ -118,7 +129,8 @@ class Recorded:
 
     def row(self, metrics: IterationMetrics) -> None:
         """Write an iteration and pass it on."""
-        self._tracker.log(metrics)
+        self._trackers.log(metrics)
+        loop_metrics.committed(metrics)
         self._inner.row(metrics)
 
     def note(self, text: str) -> None:
@@ -133,25 +145,36 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
     async with AsyncExitStack() as stack:
         runtime = start_ray(config.ray)
         stack.callback(runtime.stop)
+        stack.enter_context(recording(run=config.name))
         if not runtime.is_local:
-            await await_room(config, look=cluster_room, note=progress.note)
+            await _unless_stopped(await_room(config, look=cluster_room, note=progress.note), stop=stop)
         progress.note(
             f"cluster   Ray at {runtime.address}"
             + (f" · dashboard {runtime.dashboard_url}" if runtime.dashboard_url else "")
         )
-        base = await base_model(config, domain=domain, progress=progress)
+        base = await _unless_stopped(base_model(config, domain=domain, progress=progress), stop=stop)
         wall.bootstrapped(0.0 if base is None else base.seconds)
-        roles = await _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
+        starting = _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
+        roles = await _unless_stopped(starting, stop=stop)
         commit = store.last_commit()
-        tracker = stack.enter_context(
-            TensorBoardTracker(store.path, last_iteration=0 if commit is None else commit.iteration)
+        before = [] if commit is None else [m for m in read_metrics(store.path) if m.iteration <= commit.iteration]
+        tracked = TrackedRun(
+            name=config.name,
+            identity=identity_of(store.path),
+            run_dir=store.path,
+            project=config.tracking.project,
+            last_iteration=0 if commit is None else commit.iteration,
+            settings=told_settings(config.model_dump(mode="json")),
         )
+        trackers = stack.enter_context(Trackers(config.tracking, tracked, note=progress.note))
+        if before:
+            loop_metrics.resumed(before[-1])
         live = Live(
-            Recorded(progress, tracker),
+            Recorded(progress, trackers),
             run=config.name,
             run_dir=store.path,
             iterations=config.loop.iterations,
-            before=[] if commit is None else [m for m in read_metrics(store.path) if m.iteration <= commit.iteration],
+            before=before,
             echo=sys.stdout if JOB_VARIABLE in os.environ else None,
         )
         driver = Driver(
@@ -171,6 +194,25 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
         summary = summarise(config, store=store, state=state, base=base, gold=gold)
     write_summary(store.path, summary)
     return summary
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], *, stop: StopSignal) -> T:
+    """Return what the work comes to; a stop that is asked for meanwhile ends it: it holds nothing that must be kept.
+
+    Raises:
+        Stopped: the user asked for a stop.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while True:
+            await asyncio.wait([task], timeout=STOP_POLL_S)
+            if task.done():
+                return task.result()
+            if stop.requested:
+                raise Stopped
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def base_model(config: RunConfig, *, domain: Domain, progress: Progress) -> BootstrapResult | None:
@@ -209,6 +251,9 @@ async def _start_roles(
         Role.CRITIC: (config.critic.engine, config.critic.replicas),
     }
     pools: dict[str, Pool[GenerationRequest, Completion]] = {}
+    shared = await asyncio.to_thread(share_gpus, tenants(config), training=config.learner.training)
+    if shared is not None:
+        stack.callback(release, shared.group)
     for number, (role, (engine, replicas)) in enumerate(engines.items()):
         name = "rollouts" if role is Role.LEARNER else role.value
         pools[name] = _pool(
@@ -217,24 +262,38 @@ async def _start_roles(
                 update={
                     "model": str(_model(engine.model, base)),
                     "base_seed": config.seed * 1_000 + number * 100,
+                    "sleeps": name in config.placement.colocate,
                 }
             ),
             num_replicas=replicas,
             log_path=store.path / "engines.log",
+            places=None if shared is None else shared.places.get(name),
         )
     source = ModelSource(path=str(_model(config.learner.model, base)))
     running = None if base is None else base.group
-    group = running or TrainingGroup(name="learner_group", source=source, config=config.learner.training)
+    group = running or TrainingGroup(
+        name="learner_group",
+        source=source,
+        config=config.learner.training,
+        shared=None if shared is None else shared.group,
+    )
+    transfer = planned_transfer(config, num_gpus=int(cluster_room().total.get("GPU", 0)))
+    logger.info("weights go by %s: %s", transfer.backend, transfer.reason)
+    if transfer.backend != "object_store":
+        pools["rollouts"].deliver = partial(group.deliver, backend=transfer.backend)
+    turns = GpuTurns(pools=[pools[name] for name in config.placement.colocate], learner=group)
     for pool in pools.values():
         stack.push_async_callback(pool.shutdown)
     stack.push_async_callback(group.shutdown)
     async with asyncio.TaskGroup() as tasks:
-        if running is None:
-            tasks.create_task(group.start())
-        else:
+        if running is not None:
             tasks.create_task(group.reopen(config=config.learner.training, source=source))
+        elif shared is None:
+            tasks.create_task(group.start())
         for pool in pools.values():
             tasks.create_task(pool.start())
+    if shared is not None:
+        await turns.begin(group.start)
     queue = ExpertQueue(store.path / "labels" / "queue.sqlite3")
     stack.callback(queue.close)
     expert = SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=config.experts)
@@ -256,6 +315,7 @@ async def _start_roles(
         experts=ExpertDesk(queue, expert),
         learner_group=group,
         pools=pools,
+        turns=turns,
     )
 
 
@@ -269,11 +329,18 @@ def _follower(config: RunConfig, *, store: RunStore, roles: Roles) -> Follower:
     )
 
 
-def _pool(name: str, engine: EngineConfig, *, num_replicas: int, log_path: Path) -> Pool[GenerationRequest, Completion]:
+def _pool(
+    name: str, engine: EngineConfig, *, num_replicas: int, log_path: Path, places: SharedPlaces | None = None
+) -> Pool[GenerationRequest, Completion]:
     return Pool(
         name=name,
         start_replica=lambda replica_id: start_engine_replica(
-            engine, replica_id=replica_id, num_cpus=engine.num_cpus, log_path=str(log_path)
+            engine,
+            replica_id=replica_id,
+            name=name,
+            num_cpus=engine.num_cpus,
+            log_path=str(log_path),
+            places=places,
         ),
         num_replicas=num_replicas,
     )
@@ -300,6 +367,8 @@ def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverC
         loss=config.loss.kind,
         loss_config=config.loss,
         batch_size=config.learner.training.batch_size,
+        # At another temperature the engine's log-probs are of another distribution than the learner's.
+        importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
         tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
