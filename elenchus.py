@@ -9,6 +9,7 @@
     elenchus doctor                    what is wrong with this machine, and the command that mends it
     elenchus sql NAME "select …"       query what a run has recorded
     elenchus scale critic 4 --run NAME replicas for a role, while the run goes on
+    elenchus submit CONFIG.toml --address URL  the run as a job of a Ray cluster
     elenchus watch NAME                how a run stands, and what holds it up; status says it once
     elenchus logs NAME                 what a run has logged
     elenchus stop NAME                 end a run where nothing is lost
@@ -35,13 +36,17 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias
 
 import tyro
 
+from serve.serving_commands import Key, Promote, Rollback, Serve
+
 if TYPE_CHECKING:
+    from cluster.jobs import Job, Jobs
     from serve.console import RunConsole
     from trainers.progress import StopSignal
     from trainers.run_config import RunConfig
@@ -50,6 +55,12 @@ if TYPE_CHECKING:
 Flags = Sequence[tuple[str, str]]
 
 STDERR = 2
+SUBMISSION_WATCHED_S = 60.0
+"""How long `submit` waits for a job to say that it has begun, or why it can't."""
+WAITING_WATCHED_S = 20.0
+"""The same for one that waits for room; it goes on waiting."""
+WATCHED_BACK_S = 15.0
+"""A job's log is told from its beginning: states older than this are passed over."""
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C: neither the user's input nor ours."""
 
@@ -84,6 +95,30 @@ class Resume:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; goes on there, as a job."""
+    token_path: Path | None = None
+    """File of that cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    python: str | None = None
+    """Python of the cluster's head node that has the requirements; by default the one it was submitted with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit:
+    """Run a config as a job of a Ray cluster, and return when it has begun. A run that is alive is left alone."""
+
+    configs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """TOML files; none runs the defaults."""
+    address: str
+    """The cluster's dashboard, such as http://10.0.0.1:8265."""
+    name: str | None = None
+    """The run's name, instead of the config's; by default the last file's name."""
+    seed: int | None = None
+    """Fixes every draw of the run, instead of the config's."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    python: str = "python"
+    """Python of the cluster's head node that has the requirements."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,10 @@ class Status:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; without it, runs of this machine."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,10 @@ class Watch:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; without it, runs of this machine."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +157,10 @@ class Logs:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; without it, runs of this machine."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +174,24 @@ class Stop:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; without it, runs of this machine."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
     timeout_s: float = 600.0
     """How long to wait for the end; the request stands all the same."""
 
 
 @dataclass(frozen=True)
 class ListRuns:
-    """List the runs of this machine."""
+    """List the runs of this machine, or a cluster's jobs."""
 
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of a Ray cluster, whose jobs are listed instead."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +278,10 @@ class Scale:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
+    address: str | None = None
+    """Dashboard of the Ray cluster that the run was submitted to; without it, a run of this machine."""
+    token_path: Path | None = None
+    """File of the cluster's token; by default RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,12 +328,17 @@ COMMANDS: dict[
         Demo
         | Run
         | Resume
+        | Submit
         | Status
         | Watch
         | Logs
         | Stop
         | ListRuns
         | Chat
+        | Serve
+        | Promote
+        | Rollback
+        | Key
         | Report
         | Plan
         | Doctor
@@ -287,12 +351,17 @@ COMMANDS: dict[
     "demo": Demo,
     "run": Run,
     "resume": Resume,
+    "submit": Submit,
     "status": Status,
     "watch": Watch,
     "logs": Logs,
     "stop": Stop,
     "list": ListRuns,
     "chat": Chat,
+    "serve": Serve,
+    "promote": Promote,
+    "rollback": Rollback,
+    "key": Key,
     "report": Report,
     "plan": Plan,
     "doctor": Doctor,
@@ -301,21 +370,28 @@ COMMANDS: dict[
     "manifest": Manifest,
     "completion": Completion,
 }
-CONFIGURED = ("demo", "run", "plan", "manifest")
+CONFIGURED = ("demo", "run", "submit", "plan", "manifest")
 """Commands that take config flags."""
-NAMED = ("resume", "status", "watch", "logs", "stop", "chat", "report", "sql")
+ADDRESSED = ("resume", "status", "watch", "logs", "stop", "list", "scale")
+"""Commands about a run of this machine, or of the cluster whose address is given."""
+NAMED = ("resume", "status", "watch", "logs", "stop", "chat", "report", "sql", "serve", "promote", "rollback", "key")
 """Commands whose first word is a run's name."""
 
 Command: TypeAlias = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Submit, tyro.conf.subcommand("submit")]
     | Annotated[Status, tyro.conf.subcommand("status")]
     | Annotated[Watch, tyro.conf.subcommand("watch")]
     | Annotated[Logs, tyro.conf.subcommand("logs")]
     | Annotated[Stop, tyro.conf.subcommand("stop")]
     | Annotated[ListRuns, tyro.conf.subcommand("list")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Promote, tyro.conf.subcommand("promote")]
+    | Annotated[Rollback, tyro.conf.subcommand("rollback")]
+    | Annotated[Key, tyro.conf.subcommand("key")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -340,6 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left (`elenchus run --help | head`): nothing to tell and nobody to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was asked of a run stands", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - outermost: whatever it is, the user gets one line and where to read on
         return _explain(error)
 
@@ -361,6 +440,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, Flags]:
     if name in COMMANDS:
         _refuse_unknown_flags(name, rest[1:])
         _refuse_repeated_flags(name, rest[1:], flags)
+        _refuse_exclusive_flags(name, rest[1:])
     if name in CONFIGURED and {"-h", "--help"} & set(rest):
         _print_keys()
     return _parsed(rest), flags
@@ -382,7 +462,7 @@ def _parsed(words: list[str]) -> Command:
             raise
     plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
     # The box is drawn in ASCII where the terminal knows no better.
-    lines = [line.strip(" │|╭╰─+-╮╯") for line in plain.splitlines()[1:]]
+    lines = [line.strip(" │|╭╰─+╮╯") for line in plain.splitlines()[1:]]
     said = [line for line in lines if re.search(r"\w", line)]
     beside = ("For full helptext", "Argument helptext")
     kept = said[: next((i for i, line in enumerate(said) if line.startswith(beside)), None)]
@@ -436,6 +516,22 @@ def _refuse_repeated_flags(name: str, words: Sequence[str], flags: Flags) -> Non
             raise UsageError(f"elenchus {name}: got {key} {times} times on the command line, wanted it once")
 
 
+def _refuse_exclusive_flags(name: str, words: Sequence[str]) -> None:
+    """Raise UsageError for flags that mean different places, and for a cluster's without the cluster."""
+    said = [word.split("=", 1)[0].replace("_", "-") for word in words if word.startswith("--")]
+    if name in ADDRESSED and "--address" in said and "--runs-dir" in said:
+        raise UsageError(
+            f"elenchus {name}: got --address and --runs-dir, wanted one of them: the cluster's job knows where its run "
+            "is; without --address it is a run of this machine"
+        )
+    lonely = [flag for flag in ("--token-path", "--python") if flag in said and "--address" not in said]
+    if lonely:
+        raise UsageError(
+            f"elenchus {name}: got {lonely[0]} without --address, wanted both: give the dashboard of the cluster that "
+            "it is for"
+        )
+
+
 def _print_keys() -> None:
     from cluster.config import describe
     from trainers.run_config import RunConfig
@@ -463,6 +559,8 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _run(paths=command.configs, flags=[*_run_flags(command), *flags])
         case Resume():
             return _resume(command)
+        case Submit():
+            return _submit(command, flags=flags)
         case Watch():
             return _watch(command)
         case Logs():
@@ -475,6 +573,8 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _list(command)
         case Chat():
             return _chat(command)
+        case Serve() | Promote() | Rollback() | Key():
+            return _serving(command)
         case Report():
             return _report(command)
         case Plan():
@@ -491,7 +591,7 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _completion(command)
 
 
-def _run_flags(command: Run | Plan | Manifest) -> Flags:
+def _run_flags(command: Run | Submit | Plan | Manifest) -> Flags:
     flags = []
     if command.name is not None:
         flags.append(("name", json.dumps(command.name)))
@@ -505,13 +605,43 @@ def _run(*, paths: Sequence[Path], flags: Flags) -> int:
     from trainers.run_config import load_run_config
 
     config = load_run_config(paths, flags=flags, check=machine_problems)
+    # Before Ray: in a virtual environment behind a symbolic link torch's MKL can't be loaded after it (2.13, Ray 2.60).
     from trainers import session
 
+    _await_room(config)
     toml = "\n".join(path.read_text(encoding="utf-8") for path in paths) or None
     return watched(config, lambda console, stop: session.run(config, progress=console, stop=stop, config_toml=toml))
 
 
+def _await_room(config: RunConfig) -> None:
+    """Wait for room on the cluster that a run will join, before its directory is made.
+
+    Raises:
+        ConfigError: there is none, or not in time.
+    """
+    import asyncio
+
+    from cluster.ray_config import address_to_join
+
+    if address_to_join(config.ray) is None:
+        return
+    from cluster.ray_runtime import start_ray
+    from cluster.room import cluster_room
+    from trainers.preflight import await_room
+
+    def note(text: str) -> None:
+        print(f"● {text}", flush=True)
+
+    runtime = start_ray(config.ray)
+    try:
+        asyncio.run(await_room(config, look=cluster_room, note=note))
+    finally:
+        runtime.stop()
+
+
 def _resume(command: Resume) -> int:
+    if command.address is not None:
+        return _resume_job(command, address=command.address)
     run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
     from trainers.preflight import check_resumable
     from trainers.run_config import read_resolved
@@ -603,6 +733,8 @@ def _scale(command: Scale) -> int:
     said = command.replicas
     if said != AUTO and not (said.isascii() and said.isdigit() and int(said) >= 1):
         raise UsageError(f'elenchus scale: got "{said}" replicas, wanted a number, at least 1, or "{AUTO}"')
+    if command.address is not None:
+        return _scale_job(command, address=command.address)
     run_dir = _run_dir(command.run, runs_dir=command.runs_dir)
     write_wanted(run_dir, command.role, None if said == AUTO else int(said))
     pool = read_pools(run_dir).get(command.role)
@@ -725,11 +857,111 @@ def _completion(command: Completion) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------- runs elsewhere
+# ---------------------------------------------------------------------- jobs and runs elsewhere
+
+
+def _submit(command: Submit, *, flags: Flags) -> int:
+    from cluster.jobs import Jobs
+    from serve.shipment import shipment, shipped_config
+    from trainers.run_config import load_run_config
+
+    config = shipped_config(load_run_config(command.configs, flags=[*_run_flags(command), *flags]))
+    jobs = Jobs.at(command.address, token_path=command.token_path)
+    with shipment(config, python=command.python) as shipped:
+        words = [command.python, "elenchus.py", "run", shipped.config_name]
+        submitted = jobs.submit(config.name, words=words, folder=shipped.folder, metadata=shipped.metadata)
+    if not submitted.is_new and submitted.job.metadata["config_hash"] != shipped.metadata["config_hash"]:
+        raise UsageError(
+            f'elenchus submit: got another config for "{config.name}", which is running as '
+            f"{submitted.job.submission_id}, wanted a name that is free: stop that run, or give --name"
+        )
+    return _begun(jobs, submitted.job, is_new=submitted.is_new, address=command.address)
+
+
+def _resume_job(command: Resume, *, address: str) -> int:
+    from cluster.jobs import Jobs
+    from serve.shipment import shipment
+
+    jobs = Jobs.at(address, token_path=command.token_path)
+    last = jobs.newest(command.name)
+    python = command.python or last.metadata["python"]
+    with shipment(None, python=python) as shipped:
+        words = [python, "elenchus.py", "resume", command.name, "--runs-dir", last.metadata["runs_dir"]]
+        kept = {key: last.metadata[key] for key in ("runs_dir", "config_hash")}
+        submitted = jobs.submit(command.name, words=words, folder=shipped.folder, metadata={**shipped.metadata, **kept})
+    return _begun(jobs, submitted.job, is_new=submitted.is_new, address=address)
+
+
+def _scale_job(command: Scale, *, address: str) -> int:
+    """Say what is wanted where the run's directory is, which need not be reachable from here."""
+    from cluster.jobs import Jobs
+    from serve.shipment import shipment
+    from serve.watch import plain_log
+
+    jobs = Jobs.at(address, token_path=command.token_path)
+    last = jobs.newest(command.run)
+    python, runs_dir = last.metadata["python"], last.metadata["runs_dir"]
+    with shipment(None, python=python) as shipped:
+        words = [python, "elenchus.py", "scale", command.role, command.replicas, "--run", command.run]
+        errand = jobs.errand(command.run, words=[*words, "--runs-dir", runs_dir], folder=shipped.folder)
+    for line in plain_log(errand.lines):
+        print(line, file=sys.stdout if errand.exit_code == 0 else sys.stderr)
+    if last.ended and errand.exit_code == 0:
+        follows = f"`elenchus resume {last.run} --address {address}`"
+        print(f"{last.submission_id} is {last.status.lower()}: {follows} follows it")
+    return 1 if errand.exit_code is None else errand.exit_code
+
+
+def _begun(jobs: Jobs, job: Job, *, is_new: bool, address: str) -> int:
+    """Say that a job was submitted, and how to follow it, or why it ended at once; return the exit code."""
+    from serve.watch import plain_log
+
+    if not is_new:
+        print(f"● {job.submission_id} is running already: elenchus watch {job.run} --address {address}")
+        return 0
+    where = f"{job.metadata['runs_dir']}/{job.run}"
+    print(f"● {job.submission_id} is submitted to {jobs.address}; it writes {where}", flush=True)
+    deadline, waits = time.monotonic() + SUBMISSION_WATCHED_S, ""
+    while True:
+        # In this order: what an ended job has said is all that it will say.
+        job = jobs.newest(job.run)
+        said = [line.rstrip() for line in plain_log(jobs.logs(job).splitlines()) if line.strip()]
+        # The first lines that a run writes: it waits for room, or has found it.
+        has_room = any(line.startswith("● cluster") for line in said)
+        if has_room or job.ended or time.monotonic() > deadline:
+            break
+        newest = next((line for line in reversed(said) if line.startswith("● waiting")), waits)
+        if newest != waits:
+            print(newest, flush=True)
+            # One that does not grow is refused soon.
+            deadline, waits = min(deadline, time.monotonic() + WAITING_WATCHED_S), newest
+        time.sleep(1.0)
+    if job.status == "FAILED":
+        faults = [line for line in said if line.startswith("✗")] or said[-1:] or [" ".join(job.message.split())[:200]]
+        for line in faults:
+            print(f"✗ {job.submission_id}: {line.removeprefix('✗ ')}", file=sys.stderr)
+        return 2 if job.exit_code == 2 else 1
+    print(f"● {job.submission_id} is {'waiting' if waits and not has_room and not job.ended else job.status.lower()}")
+    for word in ("watch", "logs", "stop"):
+        print(f"  elenchus {word} {job.run} --address {address}")
+    return 0
 
 
 def _status(command: Status) -> int:
-    print(_local_state(_run_dir(command.name, runs_dir=command.runs_dir)))
+    from serve.watch import states, table
+
+    if command.address is None:
+        run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+        print(_local_state(run_dir))
+        return 0
+    from cluster.jobs import Jobs
+
+    jobs = Jobs.at(command.address, token_path=command.token_path)
+    job = jobs.newest(command.name)
+    print(f"● {job.submission_id}: {job.status.lower()}")
+    *_, last = [None, *states(jobs.logs(job).splitlines())]
+    if last is not None:
+        print(table(last, now=time.time(), address=command.address))
     return 0
 
 
@@ -749,7 +981,10 @@ def _local_state(run_dir: Path) -> str:
 
 def _watch(command: Watch) -> int:
     try:
-        _watch_here(_run_dir(command.name, runs_dir=command.runs_dir))
+        if command.address is None:
+            _watch_here(_run_dir(command.name, runs_dir=command.runs_dir))
+        else:
+            _watch_job(command, address=command.address)
     except KeyboardInterrupt:
         print("\nleft; the run goes on", file=sys.stderr)
     return 0
@@ -768,17 +1003,66 @@ def _watch_here(run_dir: Path) -> None:
             time.sleep(1.0)
 
 
+def _watch_job(command: Watch, *, address: str) -> None:
+    from cluster.jobs import Jobs
+    from serve.terminal import redrawn
+    from serve.watch import states, table
+
+    jobs = Jobs.at(address, token_path=command.token_path)
+    job = jobs.newest(command.name)
+    with redrawn(sys.stdout) as draw:
+        for state in states(jobs.follow(job)):
+            if state.ended or time.time() - state.time < WATCHED_BACK_S:
+                draw(table(state, now=time.time(), address=address))
+    job = jobs.ended(job, timeout_s=60.0)
+    print(f"● {job.submission_id}: {job.status.lower()}")
+
+
 def _logs(command: Logs) -> int:
     from serve.watch import plain_log
 
-    path = _run_dir(command.name, runs_dir=command.runs_dir) / "elenchus.log"
-    for line in plain_log(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []):
+    if command.address is None:
+        run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+        path = run_dir / "elenchus.log"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    else:
+        from cluster.jobs import Jobs
+
+        jobs = Jobs.at(command.address, token_path=command.token_path)
+        lines = jobs.logs(jobs.newest(command.name)).splitlines()
+    for line in plain_log(lines):
         print(line)
     return 0
 
 
 def _stop(command: Stop) -> int:
-    run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+    if command.address is None:
+        return _stop_here(command, run_dir=_run_dir(command.name, runs_dir=command.runs_dir))
+    from cluster.jobs import Jobs
+    from serve.watch import states
+
+    jobs = Jobs.at(command.address, token_path=command.token_path)
+    job = jobs.newest(command.name)
+    if job.ended:
+        print(f"● {job.submission_id}: {job.status.lower()} already")
+        return 0
+    job = jobs.stop(job, timeout_s=command.timeout_s)
+    if not job.ended:
+        print(
+            f"✗ {job.submission_id} has not ended within {command.timeout_s:g} s; the request stands", file=sys.stderr
+        )
+        return 1
+    *_, last = [None, *states(jobs.logs(job).splitlines())]
+    rows = () if last is None else last.rows
+    made = f"after iteration {rows[-1].iteration}" if rows else "before the first iteration"
+    print(
+        f"● {job.submission_id}: {job.status.lower()} {made}; "
+        f"continue with `elenchus resume {job.run} --address {command.address}`"
+    )
+    return 0
+
+
+def _stop_here(command: Stop, *, run_dir: Path) -> int:
     import socket
 
     import psutil
@@ -794,7 +1078,7 @@ def _stop(command: Stop) -> int:
     if found.host != socket.gethostname():
         raise UsageError(
             f"elenchus stop: got {command.name}, which runs on {found.host} (pid {found.pid}), wanted a run of this "
-            "machine: say it there"
+            "machine: say it there, or give --address if it is a job"
         )
     lease = str((run_dir / "LEASE").resolve())
     try:
@@ -818,8 +1102,24 @@ def _stop(command: Stop) -> int:
 def _list(command: ListRuns) -> int:
     from serve.terminal import write_rows
 
-    columns = ("run", "state", "iteration", "accuracy")
-    write_rows(sys.stdout, columns, _local_runs(command.runs_dir), format="table", max_rows=1_000)
+    if command.address is None:
+        columns: tuple[str, ...] = ("run", "state", "iteration", "accuracy")
+        rows: list[tuple[Any, ...]] = list(_local_runs(command.runs_dir))
+    else:
+        from cluster.jobs import Jobs
+
+        columns = ("run", "state", "job", "commit", "runs_dir")
+        rows = [
+            (
+                job.run,
+                job.status.lower(),
+                job.submission_id,
+                job.metadata["commit"][:12],
+                job.metadata["runs_dir"],
+            )
+            for job in Jobs.at(command.address, token_path=command.token_path).all()
+        ]
+    write_rows(sys.stdout, columns, iter(rows), format="table", max_rows=1_000)
     return 0
 
 
@@ -839,18 +1139,52 @@ def _local_runs(runs_dir: Path) -> Iterator[tuple[str, str, int | None, float | 
 
 def _chat(command: Chat) -> int:
     run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
-    from serve.chat import load_learner
+    from serve.endpoint_chat import endpoint_learner
     from serve.terminal import harmless
+
+    endpoint = endpoint_learner(run_dir, version=command.version)
+    if endpoint is not None:
+        print(f"● {command.name} by its endpoint: ask, or end with Ctrl-D", file=sys.stderr)
+        for question in _questions():
+            for part in endpoint.answer(question, max_tokens=command.max_tokens):
+                print(harmless(part), end="", flush=True)
+            print()
+            print(f"  · {endpoint.version}", file=sys.stderr)
+        return 0
+    from serve.chat import load_learner
 
     learner = load_learner(run_dir, version=command.version)
     print(f"● {command.name} {learner.version}: ask, or end with Ctrl-D", file=sys.stderr)
+    for question in _questions():
+        print(harmless(learner.answer(question, max_tokens=command.max_tokens)))
+    return 0
+
+
+def _questions() -> Iterator[str]:
+    """Yield what is typed or piped in, until its end or Ctrl-C."""
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
-            return 0
+            return
         if question:
-            print(harmless(learner.answer(question, max_tokens=command.max_tokens)))
+            yield question
+
+
+def _serving(command: Serve | Promote | Rollback | Key) -> int:
+    from serve import serving_commands
+
+    run_dir = _run_dir(command.name, runs_dir=command.runs_dir)
+    tell = partial(print, flush=True)
+    match command:
+        case Serve():
+            return serving_commands.serve(command, run_dir, tell=tell)
+        case Promote():
+            return serving_commands.promote(command, run_dir, tell=tell)
+        case Rollback():
+            return serving_commands.rollback(command, run_dir, tell=tell)
+        case Key():
+            return serving_commands.key(command, run_dir, tell=tell)
 
 
 def _run_dir(name: str, *, runs_dir: Path) -> Path:

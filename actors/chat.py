@@ -58,6 +58,15 @@ def encode_chat(
     return tuple(ids)
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Return the token ids of plain text, of which none is a control token.
+
+    Raises:
+        ValueError: the text cannot be written without one.
+    """
+    return tuple(_ids_of_text(tokenizer, text, control=_control_ids(tokenizer)))
+
+
 def label_token_id(tokenizer: Tokenizer, label: str) -> int:
     """Return the id of the one token that spells a label.
 

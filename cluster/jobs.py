@@ -1,6 +1,8 @@
 """Owns runs as jobs of a Ray cluster: shipped, found again by their run's name, followed and stopped.
 
-    run's name ──► elenchus-NAME, elenchus-NAME-2, … (an attempt each; one at a time is alive)
+    run's name ──► elenchus-NAME, elenchus-NAME~2, … (an attempt each; one at a time is alive)
+
+Beside them errands: commands that must run where a run's directory is, and are over in a moment.
 
 The only module that speaks to `ray.job_submission`. Knows nothing of what a job computes: it gets a folder and words.
 Tokens travel in request headers alone: never in a job's metadata, environment or entrypoint.
@@ -9,10 +11,13 @@ Tokens travel in request headers alone: never in a job's metadata, environment o
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import shlex
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +28,15 @@ ANSWER_DEADLINE_S = 5.0
 """Longest time for a cluster's address to answer a first request; Ray's own client waits without end."""
 STOP_GRACE_S = 3600
 """How long a job may take from the request to stop to its end, before Ray kills it; Ray's default is 3 s."""
+ERRAND_TIMEOUT_S = 120.0
+TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that tell of every package sent and every connection closed; the last two set their level themselves."""
+RAYS_OWN = r"Running entrypoint for job |\d{4}-\d\d-\d\d \S+\sINFO job_manager\.py"
+"""How the lines begin that Ray writes into a job's log."""
 POLL_EVERY_S = 1.0
 ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
+ERRAND_KEY = "elenchus_errand"
+"""In the metadata of an errand: the run that it is for."""
 JOB_VARIABLE = "ELENCHUS_JOB"
 """Set in a job's environment to its submission id."""
 ENVIRONMENT = {
@@ -55,6 +67,8 @@ class JobClient(Protocol):
 
     def tail_job_logs(self, job_id: str) -> AsyncIterator[str]: ...
 
+    def get_job_info(self, job_id: str) -> Any: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -70,6 +84,8 @@ class Job:
     """What Ray says about the status; may hold the end of the log."""
     started: float | None
     """Seconds since the epoch; None before it starts."""
+    exit_code: int | None
+    """Of the command; None while it runs, and when it was ended before it could say one."""
     metadata: Mapping[str, str]
 
     @property
@@ -84,6 +100,15 @@ class Submitted(NamedTuple):
     job: Job
     is_new: bool
     """False when the run had a job that was alive already: nothing was submitted."""
+
+
+class Errand(NamedTuple):
+    """What came of a short command."""
+
+    lines: tuple[str, ...]
+    """What it has written."""
+    exit_code: int | None
+    """None when it could not begin."""
 
 
 class Jobs:
@@ -107,6 +132,8 @@ class Jobs:
         _check_cluster(url, headers=headers)
         from ray.job_submission import JobSubmissionClient
 
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer them to what was said
             return cls(JobSubmissionClient(url, headers=headers), address=url)
 
@@ -118,10 +145,11 @@ class Jobs:
             Job(
                 submission_id=str(info.submission_id),
                 run=info.metadata["elenchus_run"],
-                status=str(getattr(info.status, "value", info.status)),
+                status=_status(info),
                 attempt=int(info.metadata["elenchus_attempt"]),
                 message=info.message or "",
                 started=info.start_time / 1000 if info.start_time else None,
+                exit_code=info.driver_exit_code,
                 metadata=dict(info.metadata),
             )
             for info in found
@@ -156,19 +184,12 @@ class Jobs:
         if attempts and not attempts[-1].ended:
             return Submitted(attempts[-1], is_new=False)
         attempt = attempts[-1].attempt + 1 if attempts else 1
-        submission_id = f"elenchus-{run}" if attempt == 1 else f"elenchus-{run}-{attempt}"
+        # No run's name holds a ~: run "a" has no attempt that is another run's first.
+        submission_id = f"elenchus-{run}" if attempt == 1 else f"elenchus-{run}~{attempt}"
+        told = {**metadata, "elenchus_run": run, "elenchus_attempt": str(attempt)}
         try:
-            with self._speaking():
-                self._client.submit_job(
-                    # exec: else the signal to stop would reach a shell too, which dies of it.
-                    entrypoint=f"exec {shlex.join(words)}",
-                    submission_id=submission_id,
-                    runtime_env={
-                        "working_dir": str(folder),
-                        "env_vars": {**ENVIRONMENT, JOB_VARIABLE: submission_id},
-                    },
-                    metadata={**metadata, "elenchus_run": run, "elenchus_attempt": str(attempt)},
-                )
+            variables = {**ENVIRONMENT, JOB_VARIABLE: submission_id}
+            self._submit(submission_id, words=words, folder=folder, metadata=told, variables=variables)
         except RuntimeError as error:
             # Somebody else was quicker by a moment: theirs is the one.
             if "already exists" not in str(error):
@@ -176,29 +197,75 @@ class Jobs:
             return Submitted(self.newest(run), is_new=False)
         return Submitted(self.newest(run), is_new=True)
 
+    def errand(self, run: str, *, words: Sequence[str], folder: Path, timeout_s: float = ERRAND_TIMEOUT_S) -> Errand:
+        """Have a short command run where a run's directory is, and return what came of it.
+
+        Ray's own list of jobs keeps it, and with it who asked for what; `all` leaves it out.
+
+        Raises:
+            TimeoutError: it has not ended in time; it was told to stop.
+        """
+        submission_id = f"elenchus-{run}~errand-{uuid.uuid4().hex[:8]}"
+        # Not the run's variables: an errand does not tell a state, and ends when it is told to.
+        variables = {"RAY_AUTH_MODE": ENVIRONMENT["RAY_AUTH_MODE"]}
+        self._submit(submission_id, words=words, folder=folder, metadata={ERRAND_KEY: run}, variables=variables)
+        deadline = time.monotonic() + timeout_s
+        with self._speaking():
+            while _status(info := self._client.get_job_info(submission_id)) not in ENDED:
+                if time.monotonic() > deadline:
+                    self._client.stop_job(submission_id)
+                    raise TimeoutError(
+                        f'errand "{shlex.join(words[1:])}" at {self.address} has not ended within {timeout_s:g} s: '
+                        f"got {str(info.message)[:200]!r}; look at the head node, then say this again"
+                    )
+                time.sleep(0.2)
+            said = self._client.get_job_logs(submission_id)
+        # Ray's own lines may come between the command's.
+        lines = [line for line in said.splitlines() if not re.match(RAYS_OWN, line)]
+        return Errand(tuple(lines), info.driver_exit_code)
+
+    def _submit(
+        self,
+        submission_id: str,
+        *,
+        words: Sequence[str],
+        folder: Path,
+        metadata: Mapping[str, str],
+        variables: Mapping[str, str],
+    ) -> None:
+        with self._speaking():
+            self._client.submit_job(
+                # exec: else the signal to stop would reach a shell too, which dies of it.
+                entrypoint=f"exec {shlex.join(words)}",
+                submission_id=submission_id,
+                runtime_env={"working_dir": str(folder), "env_vars": dict(variables)},
+                metadata=dict(metadata),
+            )
+
     def logs(self, job: Job) -> str:
         """Return all that a job has written to its terminal so far."""
         with self._speaking():
             return self._client.get_job_logs(job.submission_id)
 
-    def follow(self, job: Job) -> Iterator[str]:
+    def follow(self, job: Job) -> Generator[str, None, None]:
         """Yield the lines that a job has written and writes, until it ends."""
-        loop = asyncio.new_event_loop()
         chunks = self._client.tail_job_logs(job.submission_id)
+
+        async def following() -> str | None:
+            return await anext(chunks, None)
+
         rest = ""
-        try:
+        # It also closes the connection when the caller has seen enough.
+        with asyncio.Runner() as runner:
             while True:
-                try:
-                    with self._speaking():
-                        chunk = loop.run_until_complete(anext(chunks))
-                except StopAsyncIteration:
+                with self._speaking():
+                    chunk = runner.run(following())
+                if chunk is None:
                     break
                 *lines, rest = (rest + chunk).split("\n")
                 yield from lines
-            if rest:
-                yield rest
-        finally:
-            loop.close()
+        if rest:
+            yield rest
 
     def stop(self, job: Job, *, timeout_s: float) -> Job:
         """Ask a job for a clean stop, wait for its end and return how it is then; still running after the timeout."""
@@ -230,6 +297,10 @@ class Jobs:
                 f'--address: got "{self.address}", which has stopped answering, wanted a cluster that runs: '
                 "look at its head node, then say this again"
             ) from None
+
+
+def _status(info: Any) -> str:
+    return str(getattr(info.status, "value", info.status))
 
 
 def dashboard_url(address: str) -> str:

@@ -327,6 +327,11 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _target_problems(config: RunConfig, target: Target) -> Iterator[str]:
+    if config.placement.colocate:
+        yield (
+            f"placement.colocate: got {', '.join(config.placement.colocate)}, wanted none: GPUs that pools share with "
+            "the learner have no group of pods of their own yet; run it on nodes that Ray has joined"
+        )
     most = target.max_critics
     if most is not None and most < config.critic.replicas:
         yield f"--max-critics: got {most}, wanted at least critic.replicas = {config.critic.replicas}"

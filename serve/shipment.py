@@ -64,8 +64,11 @@ def shipped_config(config: RunConfig) -> RunConfig:
 
 
 @contextmanager
-def shipment(config: RunConfig | None) -> Iterator[Shipment]:
-    """Lay out what is sent, for as long as the body runs; without a config, the packages alone."""
+def shipment(config: RunConfig | None, *, python: str) -> Iterator[Shipment]:
+    """Lay out what is sent, for as long as the body runs; without a config, the packages alone.
+
+    `python` is what the job runs by, and all that are started for the same run later.
+    """
     with tempfile.TemporaryDirectory(prefix="elenchus-job-") as name:
         folder = Path(name)
         for item in SHIPPED:
@@ -74,7 +77,7 @@ def shipment(config: RunConfig | None) -> Iterator[Shipment]:
             else:
                 shutil.copy2(ROOT / item, folder / item)
         commit, _ = git_commit(ROOT)
-        metadata = {"commit": commit or "unknown", "version": _version()}
+        metadata = {"commit": commit or "unknown", "version": _version(), "python": python}
         if config is not None:
             text = config_toml(config)
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

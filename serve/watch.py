@@ -24,8 +24,8 @@ def plain_log(lines: Iterable[str]) -> Iterator[str]:
     return (harmless(line) for line in lines if not line.startswith(MARK))
 
 
-def bottleneck(state: LiveState) -> tuple[str, str]:
-    """Return the role that holds a run up, and what widens it or why nothing does.
+def bottleneck(state: LiveState, *, address: str | None = None) -> tuple[str, str]:
+    """Return the role that holds a run up, and what widens it (at a cluster's address) or why nothing does.
 
     The pool with the longest queue in seconds; the learner where training takes longer than the rollout of the last
     iteration and no queue would take longer than that training.
@@ -40,17 +40,18 @@ def bottleneck(state: LiveState) -> tuple[str, str]:
         if training > seconds.get("rollout", 0.0) and training > (waits[longest] if longest else 0.0):
             return "learner", f"it trained for {training:.0f} s of the last iteration; its ranks are the config's"
     if longest is not None:
-        return longest, _widening(longest, state)
+        return longest, _widening(longest, state, address=address)
     if unknown:
         return unknown[0], f"{state.pools[unknown[0]].open} samples open and none answered yet"
     return "none", "no pool has a queue"
 
 
-def _widening(role: str, state: LiveState) -> str:
+def _widening(role: str, state: LiveState, *, address: str | None) -> str:
     pool = state.pools[role]
     if pool.why is not None:
         return f"{pool.ready} of {pool.wanted} replicas: {harmless(pool.why)}"
-    return f"elenchus scale {role} {pool.wanted + 1} --run {state.run}"
+    where = "" if address is None else f" --address {address}"
+    return f"elenchus scale {role} {pool.wanted + 1} --run {state.run}{where}"
 
 
 def sample_age(state: LiveState) -> int | None:
@@ -65,8 +66,8 @@ def _number(version: str) -> int:
     return int(version.removeprefix("v"))
 
 
-def table(state: LiveState, *, now: float) -> str:
-    """Return a run's state as a few lines."""
+def table(state: LiveState, *, now: float, address: str | None = None) -> str:
+    """Return a run's state as a few lines; `address` is that of the cluster whose job it is."""
     committed = state.rows[-1].iteration if state.rows else None
     at = (
         ""
@@ -89,7 +90,7 @@ def table(state: LiveState, *, now: float) -> str:
     age = sample_age(state)
     lines.append(f"  sample age: {'–' if age is None else age} policy versions")
     if not state.ended:
-        role, remedy = bottleneck(state)
+        role, remedy = bottleneck(state, address=address)
         lines.append(f"  bottleneck: {role} · {remedy}")
     return "\n".join(lines)
 
