@@ -161,6 +161,9 @@ def rows_of(records: list[PreferencePair]) -> PairRows:
         noise=np.array([r.noise for r in records]),
         margins=np.array([r.margin for r in records]),
         lengths=np.array(prompts) + np.maximum(chosen_lengths, rejected_lengths),
+        ages=np.array([r.age or 0 for r in records]),
+        rollout_logprobs=tuple((np.array(r.chosen_logprobs), np.array(r.rejected_logprobs)) for r in records),
+        correction=np.ones(len(records)),
     )
 
 
