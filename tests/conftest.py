@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+def living(process: psutil.Process) -> str | None:
+    """Return a process's id and command, or None when it has ended, were it only just now."""
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())[:100]}"
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     """Fail the session when a child process or a file in /dev/shm outlives it."""
@@ -36,7 +44,7 @@ def _nothing_is_left_behind() -> Iterator[None]:
     deadline = time.monotonic() + 10
     while (processes := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in processes if process.is_running()]
+    left = [line for process in processes if (line := living(process)) is not None]
     assert not left, f"processes left behind: {left}"
     # Other programs of this machine use /dev/shm too: a file that a living process maps is not ours.
     files = sorted(name for name in shm_files() - shm_before if f"/dev/shm/{name}" not in mapped_shm())

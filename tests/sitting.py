@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -118,7 +119,10 @@ class Sitting:
         deadline = time.monotonic() + timeout_s
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.25)
-        lines = [f"{process.pid} {' '.join(process.cmdline())[:120]}" for process in left]
+        lines = []
+        for process in left:
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                lines.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
         assert not lines, f"{len(lines)} processes outlived the driver: {lines}"
 
     def close(self) -> None:
