@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -183,6 +184,7 @@ class InstantReplica:
     def __init__(self, replica_id: int, speak: Callable[[GenerationRequest], Completion], sleep_s: float) -> None:
         self._replica_id = replica_id
         self._sleep_s = sleep_s
+        self._version = "v0"
         self._speak = speak
         self._num_tokens = 0
 
@@ -196,12 +198,16 @@ class InstantReplica:
         if self._sleep_s and requests[0].temperature > 0:
             await asyncio.sleep(self._sleep_s)
         for start in range(0, len(requests), CHUNK):
-            done = [self._speak(request) for request in requests[start : start + CHUNK]]
+            done = [
+                replace(self._speak(request), weight_version=self._version, weight_spans=())
+                for request in requests[start : start + CHUNK]
+            ]
             self._num_tokens += sum(len(completion.token_ids) for completion in done)
             yield done
 
     async def apply_weights(self, manifest: WeightManifest, probe_token_ids: Sequence[Sequence[int]]) -> WeightAnswer:
         """Take the version's name."""
+        self._version = manifest.version
         return WeightAnswer(version=manifest.version, logprobs=nothing(probe_token_ids))
 
     async def stats(self) -> EngineStats:

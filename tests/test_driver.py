@@ -96,7 +96,7 @@ AHEAD: dict[str, list[dict[str, Any]]] = {
         "ahead: in a sync": killed_at("sync 2"),
         "ahead: in a commit": killed_at("commit 2: manifest written"),
         "ahead: after a commit": killed_at("commit 1: committed"),
-        "ahead: thrice": killed_at("critiques 2 #9", "step 1 #2", "critiques 3 #30"),
+        "ahead: thrice": killed_at("critiques 2 #9", "step 2 #2", "step 3 #2"),
     }.items()
 }
 """With `max_policy_age` 1: an iteration is prepared while the one before it is learnt."""

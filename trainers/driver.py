@@ -22,6 +22,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from actors.archive import Archive
 from actors.attacker import Attacker
 from actors.attacks import Outcome
@@ -198,6 +200,7 @@ class Driver:
         self._progress = progress
         self._stop = stop
         self._journal = Journal(store)
+        self._logged_before: dict[int, Mapping[str, pa.Table]] = {}
         self._tokens_before: dict[str, int] = {}
         self._last_row = 0.0
         commit = store.last_commit()
@@ -345,7 +348,7 @@ class Driver:
 
     async def _judge(self, iteration: int, judged: Sequence[Judged], clock: StageClock) -> list[Verdict]:
         """Return the verdicts: the critic's, and experts' for the least trusted, within their budget."""
-        logged = self._store.logged(iteration, stages=("verdicts",))
+        logged = self._before(iteration)
         if "verdicts" in logged:
             return from_table(logged["verdicts"], Verdict)
         with clock.stage("judge"):
@@ -368,7 +371,7 @@ class Driver:
             version=iteration - 1,
             max_age=self._config.loop.max_policy_age,
         )
-        logged = self._store.logged(iteration, stages=("pairs",))
+        logged = self._before(iteration)
         if "pairs" in logged:
             pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
         else:
@@ -525,6 +528,7 @@ class Driver:
             policy=await self._digests(policy),
         )
         self.state = state
+        self._logged_before.pop(iteration, None)
         if metrics is not None:
             self._progress.row(metrics)
         self._committed.set()
@@ -616,7 +620,7 @@ class Driver:
 
     def _logged_answers(self, iteration: int, name: str) -> list[EvaluationAnswer]:
         """Return an evaluation set's answers in the order of its items; they are stored all at once or not at all."""
-        logged = self._store.logged(iteration, stages=("evaluations",))
+        logged = self._before(iteration)
         rows = from_table(logged["evaluations"], EvaluationAnswer) if "evaluations" in logged else []
         return sorted((row for row in rows if row.set_name == name), key=lambda row: row.item)
 
@@ -633,12 +637,18 @@ class Driver:
             self._tokens_before[name] = total
         return rates
 
+    def _before(self, iteration: int) -> Mapping[str, pa.Table]:
+        """Return what an earlier sitting logged of an open iteration: by stage, read once."""
+        if iteration not in self._logged_before:
+            self._logged_before[iteration] = self._store.logged(iteration)
+        return self._logged_before[iteration]
+
     async def _logged(self, iteration: int, *, archive: Archive) -> Rollouts:
         """Return what the journal holds of the open iteration, and let the archive remember its queries.
 
         A proposal is logged before its query: an accepted one without a query was cut off by a kill.
         """
-        rollouts = Rollouts.of(self._store.logged(iteration), iteration=iteration)
+        rollouts = Rollouts.of(self._before(iteration), iteration=iteration)
         cut_off = [
             self._roles.attacker.query_of(row, version="v0")
             for row in rollouts.proposals.values()
