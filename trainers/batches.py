@@ -170,23 +170,22 @@ def micro_batches(
 
 def _cut(rows: list[int], *, lengths: Ids, limit: int) -> list[tuple[int, ...]]:
     """Cut rows, longest first, into runs whose padded tokens and per-run cost are least (dynamic programming)."""
-    sizes = lengths[rows]
-    best = np.full(len(rows) + 1, np.inf)
-    best[0] = 0.0
-    start = np.zeros(len(rows) + 1, dtype=np.int64)
+    sizes: list[int] = lengths[rows].tolist()
+    best, start = [0], [0]
     first = 0
     for end in range(1, len(rows) + 1):
         while first < end - 1 and sizes[first] * (end - first) > limit:
             first += 1
-        begins = np.arange(first, end)
-        costs = best[begins] + sizes[begins] * (end - begins) + MICRO_BATCH_COST_TOKENS
-        choice = int(np.argmin(costs))
-        best[end], start[end] = costs[choice], begins[choice]
+        # Plain numbers: a micro-batch has tens of rows, and NumPy would take longer to be called than to compute.
+        costs = [best[begin] + sizes[begin] * (end - begin) for begin in range(first, end)]
+        least = min(costs)
+        best.append(least + MICRO_BATCH_COST_TOKENS)
+        start.append(first + costs.index(least))
     runs = []
     end = len(rows)
     while end:
         runs.append(tuple(rows[start[end] : end]))
-        end = int(start[end])
+        end = start[end]
     return runs[::-1]
 
 

@@ -305,17 +305,24 @@ class DeepSpeedRank:
         self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums)
         return said
 
-    def step(self, index: int) -> StepReport:
-        """Make one optimizer step of the update.
+    def steps(self, first: int, count: int) -> list[StepReport]:
+        """Make some optimizer steps of the update, one after the other; the last of all ends it.
 
         Raises:
-            TrainingDiverged: this was the third step in a row whose loss or gradient was not finite.
+            TrainingDiverged: a third step in a row had a loss or gradient that is not finite.
         """
         assert self._update is not None, "begin_update comes first"
-        begin, update, planned = time.monotonic(), self._update, self._update.plan.steps[index]
+        reports = [self._step(self._update, index) for index in range(first, first + count)]
+        if first + count == len(self._update.plan.steps):
+            self._update = None  # its rows are needed no longer
+        return reports
+
+    def _step(self, update: _Update, index: int) -> StepReport:
+        begin, planned = time.monotonic(), update.plan.steps[index]
         totals = update.rows.totals(planned.rows)
         micros = self._micro_batches(update.rows, planned.rows)
-        self._engine.train()
+        if not self._engine.training:
+            self._engine.train()
         sums: dict[str, float] = {}
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
@@ -324,16 +331,18 @@ class DeepSpeedRank:
             _add(sums, output, forward.padded)
             loss = output.loss
             if is_last:
-                sums = self._all_sum(sums)
+                # Asked for here and waited for after the step: in between the ranks meet anyway, over the gradients.
+                total = self._all_sum(sums)
                 if not math.isfinite(sums["loss"]):
-                    # Every rank must skip the step, also one whose own numbers are sound: poisoned gradients are what
-                    # every ZeRO stage recognises.
+                    # Every rank must skip the step, also one whose own numbers are sound: a gradient that one rank has
+                    # poisoned is poisoned on all, and every ZeRO stage recognises it.
                     loss = loss * math.nan
             self._engine.set_gradient_accumulation_boundary(is_last)
             # DeepSpeed averages gradients over ranks; ours are shares of the global mean, to be summed.
             self._engine.backward(loss * self._num_ranks)
         rate = learning_rate(self._config, step=self._num_steps)
         applied, grad_norm = self._apply(rate)
+        sums = total()
         report = StepReport(
             step=index,
             epoch=planned.epoch,
@@ -349,10 +358,6 @@ class DeepSpeedRank:
         )
         self._count_step(report)
         return report
-
-    def end_update(self) -> None:
-        """Forget the update's rows."""
-        self._update = None
 
     def _micro_batches(self, rows: Rows, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
         layout = micro_batches(
@@ -472,10 +477,16 @@ class DeepSpeedRank:
                 f"(max_position_embeddings of {self._source.path}); drop or cut it before training"
             )
 
-    def _all_sum(self, sums: dict[str, float]) -> dict[str, float]:
+    def _all_sum(self, sums: dict[str, float]) -> Callable[[], dict[str, float]]:
+        """Begin to add up over all ranks; what is returned waits for the sums."""
         values = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=self._device)
-        dist.all_reduce(values)
-        return dict(zip(sorted(sums), values.tolist(), strict=True))
+        work = dist.all_reduce(values, async_op=True)
+
+        def result() -> dict[str, float]:
+            work.wait()
+            return dict(zip(sorted(sums), values.tolist(), strict=True))
+
+        return result
 
     # ------------------------------------------------------------------------------------------- weights out of here
 

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,8 +64,10 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 2.0
 """After one rank's failure, how long to wait for what the others have to say: the cause is often another's death."""
-STEPS_IN_FLIGHT = 2
-"""Steps asked for at once, so that a rank never waits for its caller between two."""
+STRETCHES_IN_FLIGHT = 2
+"""Calls for steps made at once, so that a rank never waits for its caller between two."""
+STRETCH_S = 1.0
+"""About how long the steps that one call asks for take: of small ones many, for a call costs a rank 1 to 2 ms."""
 
 
 class TrainingGroupError(RuntimeError):
@@ -295,7 +298,6 @@ class TrainingGroup:
         )
         reference_s = time.monotonic() - begin
         reports = await self._steps(len(plan.steps), on_step=on_step)
-        await self._call("end_update", lambda rank: rank.end_update.remote(), deadline_s=self.config.step_deadline_s)
         slots = tuple(slot for report in reports if report.applied for slot in plan.slots(report.step))
         return UpdateReport(
             slots=slots,
@@ -411,18 +413,22 @@ class TrainingGroup:
         )
 
     async def _steps(self, num_steps: int, *, on_step: Callable[[StepReport], None] | None) -> list[StepReport]:
-        """Run all steps, the next ones asked for before the last has answered; the deadline is each step's own."""
+        """Run all steps, the next ones asked for before the last have answered; the deadline is that of each call."""
         reports: list[StepReport] = []
         async with self._lock:
-            asked: list[list[ray.ObjectRef[StepReport]]] = []
+            asked: deque[list[ray.ObjectRef[list[StepReport]]]] = deque()
+            next_step = 0
             try:
-                for index in range(num_steps):
-                    while len(asked) < min(STEPS_IN_FLIGHT, num_steps - index):
-                        asked.append([rank.step.remote(index + len(asked)) for rank in self._ranks])
-                    answers = await self._on_all("step", asked.pop(0), deadline_s=self.config.step_deadline_s)
-                    reports.append(answers[0])
-                    if on_step is not None:
-                        on_step(answers[0])
+                while len(reports) < num_steps:
+                    while len(asked) < STRETCHES_IN_FLIGHT and next_step < num_steps:
+                        count = min(_stretch(reports), num_steps - next_step)
+                        asked.append([rank.steps.remote(next_step, count) for rank in self._ranks])
+                        next_step += count
+                    answers = await self._on_all("step", asked.popleft(), deadline_s=self.config.step_deadline_s)
+                    for report in answers[0]:
+                        reports.append(report)
+                        if on_step is not None:
+                            on_step(report)
             except BaseException:
                 # Steps asked for would go on behind the caller's back; what the ranks hold then is no state to keep.
                 self._kill()
@@ -480,6 +486,11 @@ def rank_bundle(config: TrainingConfig) -> dict[str, float]:
     """Return what one rank reserves."""
     bundle = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
     return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+
+
+def _stretch(reports: Sequence[StepReport]) -> int:
+    """Return how many steps the next call asks for, by how long the last one took."""
+    return max(1, int(STRETCH_S / max(reports[-1].seconds, 1e-3))) if reports else 1
 
 
 async def _awaited(ref: ray.ObjectRef[Any]) -> Any:
