@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ FIRST = -1
 """Priority of probes and canaries: before every request that waits, so that a busy engine answers its deadline."""
 
 
+PROMPTS_KEPT = 4096
+"""Prompts whose token ids a replica keeps."""
 RECEIVING_SILENCE_S = 120.0
 """Longest time between two parts of an update from the ranks, after which the replica gives itself up."""
 
@@ -313,6 +315,9 @@ class EngineActor:
     def _start(self) -> InferenceEngine:
         check_model_directory(self._config.model)
         self._tokenizer: Tokenizer = load_tokenizer(self._config.model)
+        # The samples of a query share its prompt, and to render and encode one takes longer than to add it.
+        self._encoded = lru_cache(maxsize=PROMPTS_KEPT)(partial(encode_chat, self._tokenizer))
+        self._label_id = lru_cache(maxsize=PROMPTS_KEPT)(partial(label_token_id, self._tokenizer))
         return self._make_engine(self._config, self._config.base_seed + self._replica_id)
 
     async def _engine_started(self) -> int:
@@ -340,13 +345,13 @@ class EngineActor:
 
     def _samples(self, request: GenerationRequest, *, max_model_len: int) -> list[Sample]:
         check_request(request)
-        prompt = encode_chat(self._tokenizer, request.messages)
+        prompt = self._encoded(request.messages)
         if len(prompt) >= max_model_len:
             raise ValueError(
                 f"request {request.request_id}: the prompt has {len(prompt)} tokens, the engine's max_model_len is "
                 f"{max_model_len}; shorten the messages or raise max_model_len"
             )
-        label_ids = tuple(label_token_id(self._tokenizer, label) for label in request.labels)
+        label_ids = tuple(self._label_id(label) for label in request.labels)
         return [
             Sample(request=request, sample_index=index, prompt_token_ids=prompt, label_ids=label_ids)
             for index in range(request.num_samples)

@@ -313,7 +313,7 @@ from trainers.preflight import await_room
 from trainers.run_config import RunConfig
 runtime = start_ray(RayConfig(address=sys.argv[1]))
 asyncio.run(await_room(RunConfig(), look=cluster_room, note=lambda text: print(text, flush=True)))
-print("there is room:", sorted(node["CPU"] for node in cluster_room().nodes), flush=True)
+print("there is room:", sorted(node.resources["CPU"] for node in cluster_room().nodes), flush=True)
 runtime.stop()
 """
 

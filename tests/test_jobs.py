@@ -26,7 +26,7 @@ from cluster.config import ConfigError
 from cluster.jobs import ENVIRONMENT, JOB_VARIABLE, Jobs, dashboard_url
 from cluster.lease import Holder, Lease, holder
 from cluster.pool import PoolStats
-from cluster.room import Need, Room, shortages
+from cluster.room import Need, Node, Room, shortages
 from serve.shipment import shipment, shipped_config
 from serve.watch import bottleneck, plain_log, sample_age, states, table
 from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
@@ -487,7 +487,7 @@ NEEDS = (Need(role="rollouts", count=1, cpus=0.2, gpus=1.0), Need(role="critic",
 
 def room(total: dict[str, float], free: dict[str, float] | None = None, **others: Any) -> Room:
     """One node with all of it, of which nobody holds anything."""
-    return Room(**{"total": total, "free": total if free is None else free, "nodes": [total], **others})
+    return Room(**{"total": total, "free": total if free is None else free, "nodes": [Node(resources=total)], **others})
 
 
 def test_what_the_cluster_lacks_and_what_others_hold_is_told_before_anything_is_placed() -> None:
@@ -505,7 +505,7 @@ def test_what_the_cluster_lacks_and_what_others_hold_is_told_before_anything_is_
 
 
 def test_a_process_that_fits_on_no_node_is_told_though_all_nodes_together_have_enough() -> None:
-    pairs = [{"CPU": 8.0, "GPU": 2.0}] * 4
+    pairs = [Node(resources={"CPU": 8.0, "GPU": 2.0})] * 4
     need = Need(role="critic", count=2, cpus=1.0, gpus=4.0)
     found = room({"CPU": 32.0, "GPU": 8.0}, nodes=pairs)
     assert list(shortages([need], room=found)) == [
@@ -513,6 +513,23 @@ def test_a_process_that_fits_on_no_node_is_told_though_all_nodes_together_have_e
         "what one takes"
     ]
     assert list(shortages([replace(need, gpus=2.0)], room=found)) == []
+
+
+def test_labelled_nodes_that_have_too_little_are_told_though_the_cluster_has_enough() -> None:
+    nodes = [
+        Node(resources={"CPU": 8.0}, labels={"ray.io/node-group": "head"}),
+        Node(resources={"CPU": 2.0}, labels={"ray.io/node-group": "critic"}),
+    ]
+    need = Need(role="critic", count=6, cpus=0.5, gpus=0.0, node_labels=("ray.io/node-group=critic",))
+    found = room({"CPU": 10.0}, nodes=nodes)
+    assert list(shortages([need], room=found)) == [
+        "cluster: got 2 CPUs on the 1 nodes with ray.io/node-group=critic, wanted 3 = 6 × 0.5 critic: label more nodes "
+        "(`ray start --labels`), or change node_labels"
+    ]
+    assert list(shortages([replace(need, count=4)], room=found)) == []
+    assert list(shortages([replace(need, node_labels=())], room=found)) == []
+    (line,) = shortages([replace(need, node_labels=("zone=a",))], room=found)
+    assert line.startswith("cluster: got 0 CPUs on the 0 nodes with zone=a, wanted 3 = ")
 
 
 def test_a_config_is_weighed_as_plan_counts_it() -> None:

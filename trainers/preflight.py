@@ -76,7 +76,7 @@ def reserved(config: RunConfig) -> list[Need]:
     from trainers.plan import plan_run
 
     return [
-        Need(role=role.role, count=role.count, cpus=role.cpus, gpus=sum(role.gpus))
+        Need(role=role.role, count=role.count, cpus=role.cpus, gpus=sum(role.gpus), node_labels=role.node_labels)
         for role in plan_run(config, machine=None).roles
     ]
 
