@@ -2,11 +2,12 @@
 #   make demo [SEED=1] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
 #   make setup                       the environment alone                make test-slow   the slow ones
 #   make experiments [SEEDS="31 32"] the loop and its controls, hours     make bench       what the parts cost, minutes
-#   make lint                        ruff and mypy                        make help        this
+#   make lint                        ruff and mypy                        make test-parity our losses against TRL's
+#   make help                        this
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow experiments bench lint clean
+.PHONY: help setup demo test test-slow test-parity experiments bench lint clean
 
 # The first Python that is new enough; `make PYTHON=/path/to/python3.12 …` chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -34,6 +35,14 @@ test: setup
 test-slow: setup
 	@$(RUN) -m pytest -m slow
 
+# TRL lives in an environment of its own, which sees the packages of .venv.
+test-parity: setup
+	@test -x .parity/bin/python || $(RUN) -m venv --without-pip .parity
+	@$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/elenchus.pth"
+	@$(RUN) -m pip --python .parity/bin/python install --quiet --no-deps -r requirements/parity.txt
+	@.parity/bin/python -m pytest -m parity tests/parity
+
 SEEDS ?= 31 32 33 34 35
 experiments: setup
 	@$(RUN) -m benchmarks.experiments --seeds $(SEEDS)
@@ -48,5 +57,5 @@ lint: setup
 
 # Leaves runs/ alone: they are yours.
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build elenchus.egg-info
+	rm -rf .venv .parity .mypy_cache .pytest_cache .ruff_cache .hypothesis build elenchus.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -48,6 +48,7 @@ from serve.serving_commands import Key, Promote, Rollback, Serve
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
     from serve.console import RunConsole
+    from serve.run_endpoint import RunEndpoint
     from trainers.progress import StopSignal
     from trainers.run_config import RunConfig
     from trainers.summary import Summary
@@ -82,7 +83,7 @@ class Run:
     configs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """TOML files; none runs the defaults."""
     name: str | None = None
-    """The run's name, instead of the config's; by default the last file's name."""
+    """The run's name, instead of the config's, "run" by default."""
     seed: int | None = None
     """Fixes every draw of the run, instead of the config's."""
 
@@ -112,7 +113,7 @@ class Submit:
     address: str
     """The cluster's dashboard, such as http://10.0.0.1:8265."""
     name: str | None = None
-    """The run's name, instead of the config's; by default the last file's name."""
+    """The run's name, instead of the config's, "run" by default."""
     seed: int | None = None
     """Fixes every draw of the run, instead of the config's."""
     token_path: Path | None = None
@@ -288,14 +289,16 @@ class Scale:
 class Manifest:
     """Print what Kubernetes is to be told to begin a run of a config, or to go on with a run. Starts nothing.
 
-    For KubeRay: a RayJob whose pods are sized as `elenchus plan` counts. There is no RayService yet: it follows with
-    the endpoint. docs/cluster.md says what the cluster needs.
+    For KubeRay: a RayJob whose pods are sized as `elenchus plan` counts; or a RayService that serves a run's learner.
+    docs/cluster.md says what the cluster needs.
     """
 
     what: tyro.conf.Positional[tuple[str, ...]] = ()
     """TOML files of a new run, or the name of one that is to go on; none begins a run of the defaults."""
     kuberay: tyro.conf.FlagCreatePairsOff[bool] = False
     """For KubeRay; must be said."""
+    endpoint: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A RayService that serves the run of that name, in the place of a RayJob."""
     name: str | None = None
     """A new run's name, instead of the config's."""
     seed: int | None = None
@@ -604,13 +607,39 @@ def _run(*, paths: Sequence[Path], flags: Flags) -> int:
     from trainers.preflight import machine_problems
     from trainers.run_config import load_run_config
 
-    config = load_run_config(paths, flags=flags, check=machine_problems)
+    config = load_run_config(
+        paths, flags=flags, check=lambda config: (*machine_problems(config), *_serving_problems(config))
+    )
     # Before Ray: in a virtual environment behind a symbolic link torch's MKL can't be loaded after it (2.13, Ray 2.60).
     from trainers import session
 
     _await_room(config)
     toml = "\n".join(path.read_text(encoding="utf-8") for path in paths) or None
-    return watched(config, lambda console, stop: session.run(config, progress=console, stop=stop, config_toml=toml))
+
+    def sit(console: RunConsole, stop: StopSignal) -> Summary:
+        endpoint = _own_endpoint(config, console=console)
+        return session.run(config, progress=console, stop=stop, config_toml=toml, companion=endpoint)
+
+    return watched(config, sit)
+
+
+def _serving_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what stands against the endpoint that a run is to have of its own."""
+    if config.serve.enabled:
+        from serve.run_endpoint import serving_problems
+
+        yield from serving_problems(config)
+
+
+def _own_endpoint(config: RunConfig, *, console: RunConsole) -> RunEndpoint | None:
+    """Return the endpoint that a run's config asks for; None when it does not."""
+    if not config.serve.enabled:
+        return None
+    from serve.front import front_environment
+    from serve.run_endpoint import RunEndpoint
+
+    os.environ.update(front_environment(config.serve))  # before Ray starts: its processes inherit it
+    return RunEndpoint(config, note=console.note)
 
 
 def _await_room(config: RunConfig) -> None:
@@ -649,9 +678,17 @@ def _resume(command: Resume) -> int:
     # Where the run is now: its directory may have been moved, or named from another folder.
     config = read_resolved(run_dir / "resolved.json").model_copy(update={"runs_dir": command.runs_dir})
     check_resumable(config, run_dir=run_dir)
+    if problems := list(_serving_problems(config)):
+        from cluster.config import ConfigError
+
+        raise ConfigError(problems)
     from trainers import session
 
-    return watched(config, lambda console, stop: session.resume(config, progress=console, stop=stop))
+    def sit(console: RunConsole, stop: StopSignal) -> Summary:
+        endpoint = _own_endpoint(config, console=console)
+        return session.resume(config, progress=console, stop=stop, companion=endpoint)
+
+    return watched(config, sit)
 
 
 def watched(config: RunConfig, sit: Callable[[RunConsole, StopSignal], Summary]) -> int:
@@ -756,7 +793,11 @@ def _plan(command: Plan, *, flags: Flags) -> int:
     joins = address_to_join(config.ray) is not None
     plan = plan_run(config, machine=None if joins else this_machine())
     # What is certain is told as `run` would tell it.
-    problems = [*machine_problems(config), *(line for line in plan.problems if not line.startswith(CERTAIN))]
+    problems = [
+        *machine_problems(config),
+        *_serving_problems(config),
+        *(line for line in plan.problems if not line.startswith(CERTAIN)),
+    ]
     resolved = config.model_dump(mode="json")
     if command.json:
         print(plan_as_json(plan, config=resolved, problems=problems))
@@ -814,11 +855,15 @@ def _manifest(command: Manifest, *, flags: Flags) -> int:
     if not command.kuberay:
         raise UsageError("elenchus manifest: got no --kuberay, wanted it: say for what, and that is the one there is")
     from cluster.scaling import read_wanted
-    from serve.manifest import Target, resume_manifest, run_manifest
+    from serve.manifest import Target, resume_manifest, run_manifest, service_manifest
     from trainers.run_config import load_run_config, read_resolved
 
     target = Target(image=command.image, volume_claim=command.volume_claim, max_critics=command.max_critics)
     if len(command.what) != 1 or command.what[0].endswith(".toml") or Path(command.what[0]).is_file():
+        if command.endpoint:
+            raise UsageError(
+                "elenchus manifest: got --endpoint and no name of a run, wanted one: what is served is what it commits"
+            )
         paths = [Path(word) for word in command.what]
         config = load_run_config(paths, flags=[*_run_flags(command), *flags])
         print(run_manifest(config, target=target), end="")
@@ -831,7 +876,10 @@ def _manifest(command: Manifest, *, flags: Flags) -> int:
             "begun goes on with its own config"
         )
     config = read_resolved(run_dir / "resolved.json").model_copy(update={"runs_dir": command.runs_dir})
-    print(resume_manifest(config, wanted=read_wanted(run_dir), target=target), end="")
+    if command.endpoint:
+        print(service_manifest(config, target=target), end="")
+    else:
+        print(resume_manifest(config, wanted=read_wanted(run_dir), target=target), end="")
     return 0
 
 

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 def pickled_fast(cls: type[T]) -> type[T]:
-    """Have the values of a frozen, slotted dataclass of two fields or more fetched in one go (class decorator)."""
+    """Have the values of a frozen, slotted dataclass of two fields or more fetched and put in one go (class decorator).
+
+    The pickles are those that the dataclass itself would make: its fields' values, in their order.
+    """
     kind: Any = cls
-    values: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*(field.name for field in dataclasses.fields(kind)))
-    # Its counterpart is the `__setstate__` that dataclasses make, which takes the values in the fields' order.
+    names = [field.name for field in dataclasses.fields(kind)]
+    values: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*names)
+    # A slot's own descriptor knows nothing of `frozen`.
+    slots = [kind.__dict__[name].__set__ for name in names]
+
+    def restore(self: Any, state: Sequence[Any]) -> None:
+        for put, value in zip(slots, state, strict=True):
+            put(self, value)
+
     kind.__getstate__ = lambda self: values(self)
+    kind.__setstate__ = restore
     return cls

@@ -22,7 +22,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver_cpu, overlap, padding, pool_speed, preference_table, training_step, weight_transfer
+from benchmarks import (
+    driver_cpu,
+    overlap,
+    padding,
+    pool_speed,
+    preference_table,
+    scale_up,
+    serve_overload,
+    serve_speed,
+    serve_swaps,
+    training_step,
+    weight_transfer,
+)
 from benchmarks.cold_demo import ROOT
 from benchmarks.figure import Figure
 from cluster.durable_files import write_json_atomic
@@ -40,10 +52,13 @@ ON_RAY: dict[str, Measure] = {
     "weight_transfer": weight_transfer.measure,
     "driver_cpu": driver_cpu.measure,
     "overlap": overlap.measure,
+    "scale_up": scale_up.measure,
     "preference_table": preference_table.measure,
     "training_step": training_step.measure,
+    "serve_speed": serve_speed.measure,
+    "serve_swaps": serve_swaps.measure,
 }
-NAMES = (*ON_RAY, "padding")
+NAMES = (*ON_RAY, "serve_overload", "padding")
 
 
 def run(names: Sequence[str], *, quick: bool) -> list[Figure]:
@@ -59,6 +74,8 @@ def run(names: Sequence[str], *, quick: bool) -> list[Figure]:
                 figures += _told(name, partial(_on_ray, ON_RAY[name], quick=quick))
         finally:
             runtime.stop()
+    if "serve_overload" in names:
+        figures += _told("serve_overload", partial(serve_overload.on_its_own_ray, quick=quick))
     if "padding" in names:
         figures += _told("padding", partial(padding.measure, quick=quick))
     return figures

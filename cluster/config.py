@@ -407,7 +407,8 @@ def _unknown_key(path: Key, loc: Sequence[int | str], *, model: type[Config]) ->
 
 @cache
 def _keys(model: type[Config]) -> tuple[str, ...]:
-    return tuple(doc.key for doc in describe(model))
+    # Plug-ins of one kind may have keys of one name.
+    return tuple(dict.fromkeys(doc.key for doc in describe(model)))
 
 
 def _keys_beside(loc: Sequence[int | str], *, model: type[Config]) -> list[str]:

@@ -21,6 +21,7 @@ from cluster.durable_files import publish
 
 KEYS_FILE = "keys.json"
 PREFIX = "elk-"
+LOCAL_LABEL = "this machine"
 LOCAL_KEY_FILE = "api_key"
 """Holds the key that `elenchus serve` makes for the person at this machine; its owner alone can read it."""
 REREAD_S = 1.0
@@ -100,12 +101,17 @@ def read_keys(run_dir: Path) -> tuple[ApiKey, ...]:
         raise ValueError(f"{path}: got no list of keys ({error}); delete it and make keys anew") from None
 
 
+def own_keys(run_dir: Path) -> tuple[ApiKey, ...]:
+    """Return the keys that a person has made by `elenchus key` and that are not revoked."""
+    return tuple(key for key in read_keys(run_dir) if not key.revoked and key.label != LOCAL_LABEL)
+
+
 def ensure_local_key(run_dir: Path) -> Path:
     """Return the file with a key for this machine's user; makes the key when there is none, or it was revoked."""
     path = run_dir / LOCAL_KEY_FILE
     if path.is_file() and KeyRing(run_dir).owner(f"Bearer {path.read_text().strip()}".encode()) is not None:
         return path
-    _, secret = add_key(run_dir, label="this machine", requests_per_minute=60_000, max_concurrent=1_000)
+    _, secret = add_key(run_dir, label=LOCAL_LABEL, requests_per_minute=60_000, max_concurrent=1_000)
     _write_private(path, (secret + "\n").encode())
     return path
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -33,47 +33,26 @@ from actors.engine import engine_environment
 from actors.engine_config import EngineConfig, gpus_reserved
 from actors.model_directory import check_model_directory, context_length
 from cluster.commits import committed_policy
-from cluster.config import Config
 from cluster.log import start_log
-from serve.auth import KeyRing, read_keys
+from serve.address import check_address as check_address
+from serve.auth import KeyRing, own_keys
 from serve.gateway import Gateway, GatewayConfig
 from serve.learner_replica import AncestorReplica, LearnerReplica
 from serve.limits import Overloaded
 from serve.publisher import Publisher, wanted_version
 from serve.wire import AnswerLost, Catalog, Piece, RequestRefused, ServedRequest
+from trainers.serving_config import ServingConfig as ServingConfig
 
 logger = logging.getLogger(__name__)
 
 APP = "elenchus"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FIRST_SIGN_S = 20.0
 """Longest silence of a replica that has a request: it says something every two seconds."""
 FIRST_SIGN_OF_ANCESTOR_S = 180.0
 """A replica for pinned versions may have to start first, and to wait for its turn."""
 NO_ROOM_S = 2
-
-
-class ServingConfig(Config):
-    """How the learner is served."""
-
-    host: str = "127.0.0.1"
-    """Address that the endpoint listens on; beyond loopback only when a key was made by `elenchus key`."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    """Port that it listens on."""
-    min_replicas: int = Field(default=1, ge=1)
-    """Replicas of the current version when nothing is asked."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Most of them; their number follows the requests that are open."""
-    target_open: int = Field(default=64, ge=1)
-    """Open requests that one replica is to have; more of them call for another replica."""
-    max_open_samples: int = Field(default=512, ge=1)
-    """Samples that may be open at once, of all keys; beyond it callers are told to come back (503)."""
-    num_gateways: int = Field(default=1, ge=1)
-    """Gateway replicas; each counts the limits of a key for itself."""
-    answer_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest time for an answer, in seconds."""
-    body_timeout_s: float = Field(default=10.0, gt=0)
-    """Longest time for a request's body to arrive, in seconds."""
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""What Ray Serve logs of itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +169,82 @@ def start_serving(
     """Deploy the endpoint of a run on the Ray that this process is connected to, and return when it answers.
 
     Raises:
-        ValueError: the run has committed nothing, the port is in use, or the host lies beyond loopback without a key.
+        ValueError: the run has committed nothing, the port is in use, the host lies beyond loopback without a key, or
+            this Ray has an endpoint already.
         RuntimeError: the deployment failed; the log says how.
     """
     begin = time.monotonic()
     check_address(run_dir, config)
+    if APP in ray_serve.status().applications:
+        raise ValueError(
+            f"{run_dir}: got a Ray that serves a learner already, wanted one endpoint on each: stop that one, or serve "
+            "this run on a Ray of its own, without --address"
+        )
+    built = build(run_dir, config, engine=engine, parity_bound=parity_bound, log_path=log_path)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        http = {"host": config.host, "port": config.port}
+        ray_serve.start(proxy_location="EveryNode", http_options=http, logging_config=QUIET)
+        ray_serve.run(built.app, name=APP, route_prefix="/")
+    except BaseException:
+        # It is detached: on a cluster it would outlive this process.
+        ray.kill(ray.get_actor(built.publisher), no_restart=True)
+        raise
+    host = config.host if ":" not in config.host else f"[{config.host}]"
+    return Serving(
+        url=f"http://{host}:{config.port}/v1",
+        version=built.version,
+        publisher=built.publisher,
+        start_s=time.monotonic() - begin,
+    )
+
+
+class AppArgs(BaseModel):
+    """What a config file of Ray Serve tells the application."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: Path
+    """Directory of a run that every node can reach."""
+
+
+def app_of_run(args: dict[str, str]) -> Application:
+    """Return the endpoint of a run, for Ray Serve's own config files, as of a RayService; they say where it listens.
+
+    Args:
+        args: fields of AppArgs; Ray Serve (2.60) itself sees no model behind an annotation that is read late.
+
+    Raises:
+        ValueError: the run has committed nothing, or has no key made by `elenchus key`; or an argument is wrong.
+    """
+    from trainers.run_config import read_resolved
+
+    run_dir = AppArgs.model_validate(args).run_dir
+    config = read_resolved(run_dir / "resolved.json")
+    if not own_keys(run_dir):
+        raise ValueError(f"{run_dir}: got no key, wanted one: make it by `elenchus key {run_dir.name} --label WHO`")
+    bound, log_path = config.loop.parity_bound, run_dir / "serve.log"
+    return build(run_dir, config.serve, engine=config.rollouts.engine, parity_bound=bound, log_path=log_path).app
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An application that is not deployed yet, and the publisher that it follows, which runs."""
+
+    app: Application
+    version: str
+    publisher: str
+    """The actor's name."""
+
+
+def build(
+    run_dir: Path, config: ServingConfig, *, engine: EngineConfig, parity_bound: float, log_path: Path | None
+) -> Built:
+    """Start the publisher of a run, or find it, and return the application.
+
+    Raises:
+        ValueError: the run has committed nothing, or its model says no context length.
+    """
     run_dir = run_dir.resolve()
     version = wanted_version(run_dir)
     model = (run_dir / committed_policy(run_dir, version).policy[0].path).parent
@@ -208,7 +258,14 @@ def start_serving(
     log = None if log_path is None else str(log_path.resolve())
     publisher: Any = (
         ray.remote(Publisher)
-        .options(name=publisher_name, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=1000)
+        .options(
+            name=publisher_name,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=1000,
+        )
         .remote(str(run_dir), parity_bound=parity_bound, log_path=log)
     )
     namespace = ray.get_runtime_context().namespace
@@ -219,9 +276,8 @@ def start_serving(
         "num_gpus": gpus_reserved(engine),
         "runtime_env": {"env_vars": engine_environment(engine)},
     }
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
     common: dict[str, Any] = {
-        "logging_config": quiet,
+        "logging_config": QUIET,
         "ray_actor_options": resources,
         "max_ongoing_requests": 4 * config.target_open,
         "health_check_period_s": 5.0,
@@ -235,7 +291,7 @@ def start_serving(
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "initial_replicas": config.min_replicas,
-            "max_replicas": max(config.min_replicas, config.max_replicas),
+            "max_replicas": config.most_replicas,
             "target_ongoing_requests": config.target_open,
             "upscale_delay_s": 5.0,
             "downscale_delay_s": 120.0,
@@ -259,7 +315,7 @@ def start_serving(
         ray_serve.ingress()(GatewayDeployment),
         name="gateway",
         num_replicas=config.num_gateways,
-        logging_config=quiet,
+        logging_config=QUIET,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,
         health_check_period_s=5.0,
@@ -276,47 +332,12 @@ def start_serving(
         model=str(model),
         **asked,
     )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(
-        proxy_location="EveryNode", http_options={"host": config.host, "port": config.port}, logging_config=quiet
-    )
-    ray_serve.run(gateway, name=APP, route_prefix="/")
-    host = config.host if ":" not in config.host else f"[{config.host}]"
-    return Serving(
-        url=f"http://{host}:{config.port}/v1",
-        version=version,
-        publisher=publisher_name,
-        start_s=time.monotonic() - begin,
-    )
+    return Built(app=gateway, version=version, publisher=publisher_name)
 
 
 def _deployment(target: type, **settings: Any) -> Any:
     """Return a deployment; Ray's own signature says that this gives a decorator."""
     return ray_serve.deployment(**settings)(target)
-
-
-def check_address(run_dir: Path, config: ServingConfig) -> None:
-    """Check where the endpoint is to listen.
-
-    Raises:
-        ValueError: beyond loopback without a key, or at a port that is in use.
-    """
-    own = [key for key in read_keys(run_dir) if not key.revoked and key.label != "this machine"]
-    if config.host not in LOOPBACK and not own:
-        raise ValueError(
-            f"host: got {config.host}, which others can reach, and no key, wanted one: make it by "
-            f"`elenchus key {run_dir.name} --label WHO`, or leave the host at 127.0.0.1"
-        )
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ValueError(
-                f"port: got {config.port} of {config.host}, which can't be had ({error.strerror}), wanted a free one: "
-                "choose another by --port"
-            ) from None
 
 
 def _own_words(error: Exception) -> str:

@@ -36,25 +36,53 @@ class _Account:
 
 RETURNS_PER_S = 5.0
 """How many of those who were refused for overload are told to come back in a second, at least."""
+RETURNS_PER_ANSWER = 1.25
+"""And how many for each that is answered: a few more than there is room for, so that none of it stays empty."""
 LONGEST_RETRY_S = 30.0
 WINDOW_S = 5.0
+RECKON_S = 0.25
+"""How often the rate of answers is reckoned anew."""
+
+
+class Returns:
+    """Tells those who are refused for overload when to come back: one after another, not much faster than answers end.
+
+    All at once would cost the answers more than it brings.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next = 0.0
+        self._ended: deque[float] = deque(maxlen=4096)
+        """When answers ended, the last of them."""
+        self._per_s = RETURNS_PER_S
+        self._reckoned = -RECKON_S
+
+    def note_end(self) -> None:
+        """Take in that a request has ended."""
+        self._ended.append(self._clock())
+
+    def retry_after_s(self) -> int:
+        """Return when the next one is to come back, in whole seconds from now, at least one."""
+        now = self._clock()
+        if now - self._reckoned >= RECKON_S:
+            self._reckoned = now
+            while self._ended and self._ended[0] <= now - WINDOW_S:
+                self._ended.popleft()
+            self._per_s = max(RETURNS_PER_S, RETURNS_PER_ANSWER * len(self._ended) / WINDOW_S)
+        self._next = max(now + 0.5, min(self._next + 1 / self._per_s, now + LONGEST_RETRY_S))
+        return _whole(self._next - now)
 
 
 class Limits:
-    """Counts what is open, and fills each key's bucket at its rate; a bucket holds what ten seconds bring.
-
-    Whoever is refused for overload is told to come back after those who were refused before, twice as many a second as
-    are answered: all at once would cost the answers more than it brings.
-    """
+    """Counts what is open, and fills each key's bucket at its rate; a bucket holds what ten seconds bring."""
 
     def __init__(self, *, max_open_samples: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_open_samples = 0
         self._max_open_samples = max_open_samples
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
-        self._next_return = 0.0
-        self._ended: deque[float] = deque(maxlen=4096)
-        """When requests ended, the last of them."""
+        self._returns = Returns(clock=clock)
 
     @contextmanager
     def admitted(self, key: ApiKey, *, num_samples: int) -> Iterator[None]:
@@ -78,7 +106,7 @@ class Limits:
         if self.num_open_samples + num_samples > self._max_open_samples and self.num_open_samples:
             raise Overloaded(
                 f"{self.num_open_samples} samples are open, and {self._max_open_samples} are taken at once",
-                retry_after_s=self._return_s(),
+                retry_after_s=self._returns.retry_after_s(),
             )
         account.tokens -= 1
         account.num_open += 1
@@ -88,14 +116,7 @@ class Limits:
         finally:
             account.num_open -= 1
             self.num_open_samples -= num_samples
-            self._ended.append(self._clock())
-
-    def _return_s(self) -> int:
-        now = self._clock()
-        num_ended = sum(at > now - WINDOW_S for at in self._ended)
-        returns_per_s = max(RETURNS_PER_S, 2 * num_ended / WINDOW_S)
-        self._next_return = max(now + 0.5, min(self._next_return + 1 / returns_per_s, now + LONGEST_RETRY_S))
-        return _whole(self._next_return - now)
+            self._returns.note_end()
 
     def _account(self, key: ApiKey) -> _Account:
         now, burst = self._clock(), max(1.0, key.requests_per_minute / 6)

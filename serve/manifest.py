@@ -1,10 +1,10 @@
-"""Owns the Kubernetes manifest of a run: a RayJob for KubeRay, and the ConfigMap with its config. Starts nothing.
+"""Owns a run's manifests for KubeRay: a RayJob with the ConfigMap of its config, or a RayService of its endpoint.
 
-    config ──► plan: roles, their CPUs, GPUs and memory ──► groups of pods ──► RayJob as YAML
+    config ──► plan: roles, their CPUs, GPUs and memory ──► groups of pods ──► RayJob or RayService as YAML
 
 Ray places replicas and ranks wherever CPUs and GPUs are free, whatever a pod's group is called: a pod asks for the
 memory of what its group is for, and may take that of whatever Ray can put there. Runs and models are on one volume of
-all pods. A RayService is not written: there is no endpoint to deploy yet.
+all pods. Starts nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.machine import gib
+from serve.front import front_environment
 from trainers.memory_estimate import DRIVER_BYTES, GIB, MIB, RAY_BYTES
-from trainers.plan import Plan, RolePlan, plan_run
+from trainers.plan import ENDPOINT, Plan, RolePlan, plan_run
 from trainers.run_config import BOOTSTRAP, AttackerSection, CriticSection, RolloutsSection, RunConfig
 
 MOUNT = Path("/data")
@@ -33,6 +34,8 @@ CONFIG_MOUNT = Path("/etc/elenchus")
 CONFIG_NAME = "run.toml"
 USER_ID = 1000
 """The user of the images (docker/)."""
+SERVE_PORT = 8000
+"""Where KubeRay's service of a RayService leads, and what its probes ask."""
 HEAD_CPUS = 2
 HEAD_EXTRA_BYTES = 2 * GIB
 """Ray's dashboard and the agents of a head beside driver and Ray; not measured."""
@@ -125,6 +128,52 @@ def resume_manifest(config: RunConfig, *, wanted: Mapping[str, int], target: Tar
     }
     command = ("elenchus", "resume", config.name, "--runs-dir", str(MOUNT / config.runs_dir))
     return _manifest(config.model_copy(update=scaled), target=target, command=command, settings=None)
+
+
+def service_manifest(config: RunConfig, *, target: Target) -> str:
+    """Return the YAML of a RayService that serves a run's learner, whatever else becomes of the run.
+
+    Raises:
+        ValueError: something does not fit, or the run's directory is not on the volume; a line for each.
+    """
+    config = config.model_copy(update={"serve": config.serve.model_copy(update={"enabled": True})})
+    plan, pods = _checked(config, target=target, settings=None)
+    served = [role for role in plan.roles if role.role == ENDPOINT]
+    plan = replace(plan, roles=tuple(served))
+    groups = pod_groups(plan, most=_most(config, target), store_bytes=pods.store_bytes)
+    name = job_name(config.name)
+    front = [{"name": key, "value": value} for key, value in front_environment(config.serve).items()]
+    service = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": name, "labels": _labels(name), "annotations": {"elenchus/run": config.name}},
+        "spec": {
+            "serveConfigV2": yaml.dump(serve_config(config), Dumper=_Dumper, sort_keys=False),
+            "rayClusterConfig": _cluster(groups, pods=pods, environment=front),
+        },
+    }
+    needs = (f"a key beyond that of one machine: elenchus key {config.name} --label WHO, where the volume is",)
+    return _header(plan, groups=groups, pods=pods, what=f"The learner of run {config.name}", needs=needs) + yaml.dump(
+        service, Dumper=_Dumper, sort_keys=False, width=1_000, explicit_start=True, allow_unicode=True
+    )
+
+
+def serve_config(config: RunConfig) -> dict[str, Any]:
+    """Return what Ray Serve is told; the run's directory has the rest."""
+    return {
+        "proxy_location": "EveryNode",
+        # Within the pod's network; keys are asked for, and an ingress that ends TLS belongs before it.
+        "http_options": {"host": "0.0.0.0", "port": SERVE_PORT},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {
+                "name": "elenchus",
+                "route_prefix": "/",
+                "import_path": "serve.learner_app:app_of_run",
+                "args": {"run_dir": str(MOUNT / config.runs_dir / config.name)},
+            }
+        ],
+    }
 
 
 def job_name(run: str) -> str:
@@ -285,6 +334,21 @@ def _whole(cpus: float) -> int:
 
 
 def _manifest(config: RunConfig, *, target: Target, command: Sequence[str], settings: Mapping[str, Any] | None) -> str:
+    plan, pods = _checked(config, target=target, settings=None if settings is None else job_name(config.name))
+    groups = pod_groups(plan, most=_most(config, target), store_bytes=pods.store_bytes)
+    job = _ray_job(config, groups=groups, pods=pods, command=command)
+    documents = [job] if settings is None else [settings, job]
+    return _header(plan, groups=groups, pods=pods, what=f"Run {plan.name}") + yaml.dump_all(
+        documents, Dumper=_Dumper, sort_keys=False, width=1_000, explicit_start=True, allow_unicode=True
+    )
+
+
+def _checked(config: RunConfig, *, target: Target, settings: str | None) -> tuple[Plan, _Pods]:
+    """Return a config's plan and what all its pods have in common.
+
+    Raises:
+        ValueError: something does not fit; a line for each.
+    """
     problems = [*_path_problems(config), *_target_problems(config, target)]
     if problems:
         raise ValueError("\n".join(problems))
@@ -293,17 +357,11 @@ def _manifest(config: RunConfig, *, target: Target, command: Sequence[str], sett
     problems = [line for line in plan.problems if not line.startswith("disk:")]
     if problems:
         raise ValueError("\n".join(problems))
-    pods = _Pods(
+    return plan, _Pods(
         image=target.image or _own_image(plan),
         volume_claim=target.volume_claim,
         store_bytes=int(config.ray.object_store_gb * GIB),
-        settings=None if settings is None else job_name(config.name),
-    )
-    groups = pod_groups(plan, most=_most(config, target), store_bytes=pods.store_bytes)
-    job = _ray_job(config, groups=groups, pods=pods, command=command)
-    documents = [job] if settings is None else [settings, job]
-    return _header(plan, groups=groups, pods=pods) + yaml.dump_all(
-        documents, Dumper=_Dumper, sort_keys=False, width=1_000, explicit_start=True, allow_unicode=True
+        settings=settings,
     )
 
 
@@ -357,6 +415,8 @@ def _most(config: RunConfig, target: Target) -> dict[str, int]:
         most["critic"] = target.max_critics
     elif config.critic.autoscale.max == 0:
         most["critic"] = 2 * config.critic.replicas
+    if config.serve.enabled:
+        most[ENDPOINT] = config.serve.most_replicas + 1  # the one for pinned versions
     return most
 
 
@@ -367,6 +427,26 @@ def _own_image(plan: Plan) -> str:
 
 def _ray_job(config: RunConfig, *, groups: Sequence[PodGroup], pods: _Pods, command: Sequence[str]) -> dict[str, Any]:
     name = job_name(config.name)
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "labels": _labels(name), "annotations": {"elenchus/run": config.name}},
+        "spec": {
+            "entrypoint": shlex.join(("env", f"--chdir={MOUNT}", *command)),
+            "submissionMode": "K8sJobMode",
+            # A second attempt would have to be a resume: that is another manifest.
+            "backoffLimit": 0,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": _cluster(groups, pods=pods),
+        },
+    }
+
+
+def _cluster(
+    groups: Sequence[PodGroup], *, pods: _Pods, environment: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
+    """Return the Ray cluster of the groups and a head; `environment` is what its containers are told."""
     head_bytes = DRIVER_BYTES + RAY_BYTES + pods.store_bytes + HEAD_EXTRA_BYTES
     head = PodGroup(
         name="head",
@@ -380,39 +460,26 @@ def _ray_job(config: RunConfig, *, groups: Sequence[PodGroup], pods: _Pods, comm
     )
     store = {"object-store-memory": str(pods.store_bytes)}
     return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": {"name": name, "labels": _labels(name), "annotations": {"elenchus/run": config.name}},
-        "spec": {
-            "entrypoint": shlex.join(("env", f"--chdir={MOUNT}", *command)),
-            "submissionMode": "K8sJobMode",
-            # A second attempt would have to be a resume: that is another manifest.
-            "backoffLimit": 0,
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": 600,
-            "rayClusterSpec": {
-                "rayVersion": importlib.metadata.version("ray"),
-                "authOptions": {"mode": "token"},
-                "enableInTreeAutoscaling": True,
-                "autoscalerOptions": {"version": "v2", "upscalingMode": "Default", "idleTimeoutSeconds": 300},
-                "headGroupSpec": {
-                    # No CPUs: replicas and ranks stay off the head.
-                    "rayStartParams": {"num-cpus": "0", **store},
-                    "template": _pod(head, pods=pods),
-                },
-                "workerGroupSpecs": [
-                    {
-                        "groupName": group.name,
-                        "replicas": group.min_pods,
-                        "minReplicas": group.min_pods,
-                        "maxReplicas": group.max_pods,
-                        "rayStartParams": {"num-cpus": str(group.cpus), **store},
-                        "template": _pod(group, pods=pods),
-                    }
-                    for group in groups
-                ],
-            },
+        "rayVersion": importlib.metadata.version("ray"),
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {"version": "v2", "upscalingMode": "Default", "idleTimeoutSeconds": 300},
+        "headGroupSpec": {
+            # No CPUs: replicas and ranks stay off the head.
+            "rayStartParams": {"num-cpus": "0", **store},
+            "template": _pod(head, pods=pods, environment=environment),
         },
+        "workerGroupSpecs": [
+            {
+                "groupName": group.name,
+                "replicas": group.min_pods,
+                "minReplicas": group.min_pods,
+                "maxReplicas": group.max_pods,
+                "rayStartParams": {"num-cpus": str(group.cpus), **store},
+                "template": _pod(group, pods=pods, environment=environment),
+            }
+            for group in groups
+        ],
     }
 
 
@@ -420,7 +487,7 @@ def _labels(name: str) -> dict[str, str]:
     return {"app.kubernetes.io/name": "elenchus", "app.kubernetes.io/instance": name}
 
 
-def _pod(group: PodGroup, *, pods: _Pods) -> dict[str, Any]:
+def _pod(group: PodGroup, *, pods: _Pods, environment: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Return the template of a pod: one container without privileges, the volume, and shared memory."""
     gpus = {"nvidia.com/gpu": group.gpus} if group.gpus else {}
     is_head = group.name == "head"
@@ -450,6 +517,7 @@ def _pod(group: PodGroup, *, pods: _Pods) -> dict[str, Any]:
                 "image": pods.image,
                 # Every process resolves a config's relative paths alike.
                 "workingDir": str(MOUNT),
+                **({"env": list(environment)} if environment else {}),
                 "resources": {
                     "requests": {"cpu": str(group.cpus), "memory": _mebibytes(group.memory_bytes), **gpus},
                     "limits": {"memory": _mebibytes(group.most_memory_bytes), **gpus},
@@ -469,14 +537,15 @@ def _mebibytes(size_bytes: int) -> str:
     return f"{math.ceil(size_bytes / MIB)}Mi"
 
 
-def _header(plan: Plan, *, groups: Sequence[PodGroup], pods: _Pods) -> str:
+def _header(plan: Plan, *, groups: Sequence[PodGroup], pods: _Pods, what: str, needs: Sequence[str] = ()) -> str:
     """Return comments: what is needed beforehand, and what the numbers come from."""
     models = sorted({role.model for role in plan.roles} - {BOOTSTRAP})
-    needs = [
+    needed = [
         f"KubeRay {KUBERAY} or newer",
         f"{pods.image}: an image that the nodes can pull (docker/)",
         f"{pods.volume_claim}: a PersistentVolumeClaim that all pods can write to (ReadWriteMany), at {MOUNT}",
         *(f"{MOUNT / model}: a model directory on that volume" for model in models),
+        *needs,
     ]
     rows = [
         f"{group.name:<9} pods: {_range(group)}, each for {group.holds}: {group.cpus} CPUs, {group.gpus} GPUs, "
@@ -484,8 +553,8 @@ def _header(plan: Plan, *, groups: Sequence[PodGroup], pods: _Pods) -> str:
         for group in groups
     ]
     lines = [
-        f"Run {plan.name} on Kubernetes. It needs:",
-        *(f"  {line}" for line in needs),
+        f"{what} on Kubernetes. It needs:",
+        *(f"  {line}" for line in needed),
         f"The roles reserve {plan.cpus:g} CPUs and {plan.gpus:g} GPUs, as `elenchus plan` says; memory is an estimate:",
         *(f"  {line}" for line in rows),
     ]

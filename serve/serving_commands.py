@@ -19,10 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import tyro
+
+if TYPE_CHECKING:
+    from actors.engine_config import EngineConfig
+    from trainers.serving_config import ServingConfig
 
 Tell = Callable[[str], None]
 
@@ -42,14 +46,14 @@ class Serve:
     """The run's name."""
     runs_dir: Path = Path("runs")
     """Where runs are."""
-    host: str = "127.0.0.1"
-    """Address to listen on; beyond loopback only after a key was made by `elenchus key`."""
-    port: int = 8000
-    """Port to listen on."""
-    replicas: int = 1
-    """Engines when nothing is asked."""
+    host: str | None = None
+    """Address to listen on, by default the config's, 127.0.0.1; beyond loopback only after `elenchus key`."""
+    port: int | None = None
+    """Port to listen on, by default the config's, 8000."""
+    replicas: int | None = None
+    """Engines when nothing is asked; by default the config's, 1."""
     max_replicas: int | None = None
-    """Most engines; their number follows the load. By default as many as --replicas."""
+    """Most engines; their number follows the load. By default the config's, or as many as --replicas."""
     address: str | None = None
     """A Ray cluster to join, such as auto; without it a local Ray is started."""
 
@@ -113,37 +117,38 @@ def serve(command: Serve, run_dir: Path, *, tell: Tell) -> int:
         ValueError: the run has committed nothing, is served already, or the address can't be had.
     """
     from cluster.config import Settings, validated
-    from serve.auth import ensure_local_key
-    from serve.learner_app import LOOPBACK, ServingConfig, check_address, start_serving
+    from serve.address import check_address
     from serve.publisher import wanted_version
     from trainers.run_config import read_resolved
+    from trainers.serving_config import ServingConfig
 
     config = read_resolved(run_dir / "resolved.json")
     version = wanted_version(run_dir)
-    values = {
+    asked = {
         "host": command.host,
         "port": command.port,
         "min_replicas": command.replicas,
-        "max_replicas": command.max_replicas or command.replicas,
+        "max_replicas": command.max_replicas,
     }
-    serving_config = validated(ServingConfig, Settings(values=values))
+    values = {key: value for key, value in asked.items() if value is not None}
+    serving_config = validated(ServingConfig, Settings(values={**config.serve.model_dump(), **values}))
     running = living_endpoint(run_dir)
     if running is not None:
-        raise ValueError(
-            f"{run_dir}: got a second endpoint, the first is at {running.url} (pid {running.pid}); stop that one"
-        )
+        raise ValueError(_second(run_dir, running))
     check_address(run_dir, serving_config)
-    key_file = ensure_local_key(run_dir) if command.host in LOOPBACK else None
-    engine = config.rollouts.engine
-    policies = run_dir / "policies"
     from cluster.ray_runtime import RayConfig, start_ray
+    from serve.front import front_environment
 
-    tell(f"● serving {command.name} {version}: starting {command.replicas} engine{'s' * (command.replicas > 1)} …")
+    # Of a Ray that is started here; the nodes of another one have what they were started with.
+    os.environ.update(front_environment(serving_config))
+
+    num = serving_config.min_replicas
+    tell(f"● serving {command.name} {version}: starting {num} engine{'s' * (num > 1)} …")
     runtime = start_ray(
         RayConfig(
             address=command.address or "local",
             namespace=f"elenchus-serve-{command.name}",
-            object_store_gb=OBJECT_STORE_GB + VERSIONS_IN_STORE * _largest_gb(policies),
+            object_store_gb=OBJECT_STORE_GB + VERSIONS_IN_STORE * _largest_gb(run_dir / "policies"),
             temp_dir=config.ray.temp_dir,
             token_path=config.ray.token_path,
             ship_code=command.address is not None and config.ray.ship_code,
@@ -151,25 +156,66 @@ def serve(command: Serve, run_dir: Path, *, tell: Tell) -> int:
     )
     try:
         with _stopped_by_signals() as is_stopped:
-            serving = start_serving(
+            keep_endpoint(
                 run_dir,
                 serving_config,
-                engine=engine,
+                engine=config.rollouts.engine,
                 parity_bound=config.loop.parity_bound,
-                log_path=run_dir / "serve.log",
+                whole_serve=runtime.is_local,
+                is_stopped=is_stopped,
+                tell=tell,
             )
-            try:
-                _write_endpoint(run_dir, url=serving.url)
-                key = f"key in {key_file}" if key_file is not None else f"keys by `elenchus key {command.name}`"
-                tell(f"● {serving.url} · model learner = {serving.version} · {key} · ready in {serving.start_s:.0f} s")
-                _follow(run_dir, is_stopped, tell=tell, served=serving.version)
-            finally:
-                (run_dir / ENDPOINT_FILE).unlink(missing_ok=True)
-                serving.stop(whole_serve=runtime.is_local)
     finally:
         runtime.stop()
     tell("stopped; nothing of it is left")
     return 0
+
+
+def keep_endpoint(
+    run_dir: Path,
+    config: ServingConfig,
+    *,
+    engine: EngineConfig,
+    parity_bound: float,
+    whole_serve: bool,
+    is_stopped: Callable[[], bool],
+    tell: Tell,
+    tells_versions: bool = True,
+) -> None:
+    """Serve a run on the Ray that this process is connected to until `is_stopped`, and take it down.
+
+    Args:
+        run_dir: has a commit.
+        config: where it listens, with how many replicas.
+        engine: the rollouts' settings.
+        parity_bound: nats by which an engine may differ from the learner.
+        whole_serve: nobody else uses this cluster's Ray Serve.
+        is_stopped: asked once a second.
+        tell: is told where the endpoint is, and which versions are refused.
+        tells_versions: and which are promoted.
+
+    Raises:
+        ValueError: the address can't be had.
+        RuntimeError: the deployment failed.
+    """
+    from serve.address import LOOPBACK
+    from serve.auth import ensure_local_key
+    from serve.learner_app import start_serving
+    from serve.publisher import read_state
+
+    key_file = ensure_local_key(run_dir) if config.host in LOOPBACK else None
+    log_path = run_dir / "serve.log"
+    serving = start_serving(run_dir, config, engine=engine, parity_bound=parity_bound, log_path=log_path)
+    try:
+        _write_endpoint(run_dir, url=serving.url)
+        key = f"key in {key_file}" if key_file is not None else f"keys by `elenchus key {run_dir.name}`"
+        # The run may have gone on while engines started.
+        version = str(read_state(run_dir).get("current", serving.version))
+        tell(f"● {serving.url} · model learner = {version} · {key} · ready in {serving.start_s:.0f} s")
+        _follow(run_dir, is_stopped, tell=tell, served=version, tells_versions=tells_versions)
+    finally:
+        (run_dir / ENDPOINT_FILE).unlink(missing_ok=True)
+        serving.stop(whole_serve=whole_serve)
 
 
 def promote(command: Promote, run_dir: Path, *, tell: Tell) -> int:
@@ -244,7 +290,11 @@ def _write_endpoint(run_dir: Path, *, url: str) -> None:
     write_json_atomic(run_dir / ENDPOINT_FILE, said)
 
 
-def _follow(run_dir: Path, is_stopped: Callable[[], bool], *, tell: Tell, served: str) -> None:
+def _second(run_dir: Path, running: Endpoint) -> str:
+    return f"{run_dir}: got a second endpoint, the first is at {running.url} (pid {running.pid}); stop that one"
+
+
+def _follow(run_dir: Path, is_stopped: Callable[[], bool], *, tell: Tell, served: str, tells_versions: bool) -> None:
     """Say which version is served and which are refused, until the signal comes."""
     from serve.publisher import read_state
 
@@ -254,7 +304,8 @@ def _follow(run_dir: Path, is_stopped: Callable[[], bool], *, tell: Tell, served
         state = read_state(run_dir)
         if state.get("current") != served:
             served = str(state["current"])
-            tell(f"● learner = {served}")
+            if tells_versions:
+                tell(f"● learner = {served}")
         for version, reason in state.get("refused", {}).items():
             if version not in refused:
                 refused.add(version)

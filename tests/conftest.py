@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from cluster.ray_runtime import RayConfig, mapped_shm, shm_files, start_ray
+from serve.front import front_environment
+from tests.endpoint_load import MAX_OPEN_SAMPLES
 from tests.sitting import CONFIG, UNTRAINED, Sitting
+from trainers.serving_config import ServingConfig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,6 +70,9 @@ def ray_session(short_tmp_path: Path, _nothing_is_left_behind: None) -> Iterator
         environment.delenv("RAY_AUTH_MODE", raising=False)
         # Functions of a test module travel to the workers by name.
         environment.setenv("PYTHONPATH", str(Path(__file__).parent))
+        # For the proxies of Ray Serve, where a test has any: read when Ray starts.
+        for name, value in front_environment(ServingConfig(max_open_samples=MAX_OPEN_SAMPLES)).items():
+            environment.setenv(name, value)
         runtime = start_ray(
             RayConfig(
                 num_cpus=2,

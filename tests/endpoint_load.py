@@ -13,6 +13,9 @@ from typing import Any
 
 import httpx
 
+MAX_OPEN_SAMPLES = 64
+"""What an endpoint on the session's Ray takes at once."""
+
 
 @dataclass(slots=True)
 class Load:

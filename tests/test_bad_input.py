@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import elenchus
-from cluster.config import SECRET_KEY, describe
+from cluster.config import SECRET_KEY, describe, plugin_names
 from cluster.durable_files import digest_directory
 from cluster.store import RunStore
 from trainers.base_model import write_base_model
@@ -105,7 +105,8 @@ CONFIGS: dict[str, tuple[str, str]] = {
     ),
     "unknown plug-in: loss": (
         '[loss]\nkind = "dop"\n',
-        'a.toml:1: loss: got kind = "dop", wanted one of dpo, pretraining, sft; did you mean dpo?',
+        f'a.toml:1: loss: got kind = "dop", wanted one of {", ".join(plugin_names("trainers.losses"))}; '
+        "did you mean dpo?",
     ),
     "unknown plug-in: domain": (
         'domain.kind = "chess"\n',

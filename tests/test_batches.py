@@ -176,7 +176,7 @@ def test_targets_of_a_pair_are_the_tokens_of_its_responses() -> None:
     assert padded.mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]
     assert padded.num_real_tokens == 5 + 2 + 3 + 3
     # Weights 1 and 0.5 on 3 and 1 chosen tokens.
-    assert rows.totals([0, 1]) == (1.5, 3.5)
+    assert rows.totals([0, 1]) == (1.5, 3.5, 0.0)
 
 
 def test_a_pair_batch_sums_the_log_probs_of_each_response() -> None:

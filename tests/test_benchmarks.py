@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, driver_cpu, overlap, padding, pool_speed, preference_table, training_step, weight_transfer
+from benchmarks import (
+    bench,
+    driver_cpu,
+    overlap,
+    padding,
+    pool_speed,
+    preference_table,
+    scale_up,
+    training_step,
+    weight_transfer,
+)
 from benchmarks.figure import Figure, in_turns
 from benchmarks.plain_process import PlainProcess
 
@@ -166,3 +176,14 @@ def test_a_training_step_is_measured_on_the_same_losses() -> None:
 def test_what_overlaps_and_what_replicas_add_is_measured() -> None:
     figures = asyncio.run(overlap.measure(quick=True))
     assert_sound(figures, "overlap_age_1", "overlap_age_0", "pool_scaling_2")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_how_long_a_new_replica_takes_is_measured() -> None:
+    (figure,) = asyncio.run(scale_up.measure(quick=True))
+    assert figure.name == "scale_up"
+    assert figure.num_rounds == 2
+    # A difference may be below 0; both sides start an engine.
+    assert figure.details["ours_s"] > 1.0
+    assert figure.details["plain_s"] > 1.0

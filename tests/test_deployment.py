@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from ray._common.utils import import_attr
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
@@ -31,14 +32,18 @@ from ray.core.generated.autoscaler_pb2 import BundleSelector, GangResourceReques
 from ray.core.generated.common_pb2 import Bundle, PlacementStrategy
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.scripts.scripts import start as ray_start
+from ray.serve.schema import ServeDeploySchema
 
 import elenchus
 from cluster.scaling import write_wanted
+from serve.front import front_environment
+from serve.learner_app import AppArgs, app_of_run
 from serve.manifest import MAX_NAME_CHARS, Target, config_toml, job_name, run_manifest
 from tests.tiny_models import write_llama
 from trainers.memory_estimate import DRIVER_BYTES, GIB, MIB, RAY_BYTES
 from trainers.plan import Plan, plan_run
 from trainers.run_config import RunConfig, load_run_config
+from trainers.serving_config import ServingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER_FILES = (ROOT / "ray_cluster.yaml", ROOT / "docs" / "examples" / "on_premise.yaml")
@@ -414,14 +419,8 @@ def test_the_demo_becomes_one_pod_and_another_for_critics(tmp_path: Path) -> Non
     assert job["spec"]["entrypoint"] == "env --chdir=/data elenchus run /etc/elenchus/run.toml"
 
 
-def test_the_job_is_one_that_kuberay_takes() -> None:
-    _, job = documents(config_of())
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert {key: job["spec"][key] for key in ("submissionMode", "backoffLimit", "shutdownAfterJobFinishes")} == {
-        "submissionMode": "K8sJobMode",
-        "backoffLimit": 0,
-        "shutdownAfterJobFinishes": True,
-    }
+def check_cluster(job: Mapping[str, Any]) -> None:
+    """Check what KubeRay and our images want of a cluster and its pods."""
     cluster = job["spec"]["rayClusterSpec"]
     (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)
     assert cluster["rayVersion"] == pinned
@@ -440,7 +439,19 @@ def test_the_job_is_one_that_kuberay_takes() -> None:
         assert container["workingDir"] == "/data"
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
         assert {"name": "data", "persistentVolumeClaim": {"claimName": "elenchus"}} in spec["volumes"]
-        assert "env" not in container
+
+
+def test_the_job_is_one_that_kuberay_takes() -> None:
+    _, job = documents(config_of())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert {key: job["spec"][key] for key in ("submissionMode", "backoffLimit", "shutdownAfterJobFinishes")} == {
+        "submissionMode": "K8sJobMode",
+        "backoffLimit": 0,
+        "shutdownAfterJobFinishes": True,
+    }
+    check_cluster(job)
+    assert all("env" not in container_of(pod) for pod in pods_of(job))
+    cluster = job["spec"]["rayClusterSpec"]
     head_mounts = {mount["mountPath"] for mount in container_of(cluster["headGroupSpec"])["volumeMounts"]}
     assert head_mounts == {"/data", "/dev/shm", "/etc/elenchus"}
 
@@ -662,9 +673,58 @@ def test_what_can_not_become_a_manifest_is_told_in_lines_and_nothing_is_printed(
     assert captured.err.splitlines() == [f"✗ {line}" for line in lines]
 
 
-def test_help_says_that_a_rayservice_is_still_to_come(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        elenchus.main(["manifest", "--help"])
-    assert "RayService" in " ".join(capsys.readouterr().out.split())
-    _, job = documents(config_of())
-    assert job["kind"] == "RayJob"
+# ------------------------------------------------------------------------------------------------------------- service
+
+
+def service_of(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the command prints for a run's endpoint, and its cluster in the place that a job has it in."""
+    assert elenchus.main(["manifest", name, "--kuberay", "--endpoint"]) == 0
+    (service,) = yaml.safe_load_all(capsys.readouterr().out)
+    return service, {"spec": {"rayClusterSpec": service["spec"]["rayClusterConfig"]}}
+
+
+def test_the_service_is_one_that_kuberay_and_ray_serve_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun("safe", "serve.max_open_samples=9")
+    service, cluster = service_of("safe", capsys)
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    assert service["metadata"]["name"] == "elenchus-safe"
+    assert service["spec"].keys() == {"serveConfigV2", "rayClusterConfig"}
+    check_cluster(cluster)
+    for pod in pods_of(cluster):
+        told = {one["name"]: one["value"] for one in container_of(pod)["env"]}
+        assert told == front_environment(ServingConfig(max_open_samples=9))
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    assert schema.proxy_location == "EveryNode"
+    # KubeRay's own service and its probes expect the port.
+    assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", 8000)
+    (app,) = schema.applications
+    assert (app.name, app.route_prefix) == ("elenchus", "/")
+    assert import_attr(app.import_path) is app_of_run
+    assert AppArgs.model_validate(app.args).run_dir == Path("/data/runs/safe")
+
+
+def test_a_service_has_room_for_the_endpoint_alone_and_grows_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun("safe", "serve.min_replicas=2", "serve.max_replicas=6")
+    _, cluster = service_of("safe", capsys)
+    # Two replicas of 0.2 CPUs; four more and one for pinned versions fill a CPU.
+    assert groups_of(cluster) == {"shared": (1, 1, 1, 0), "endpoint": (0, 1, 1, 0)}
+    types = types_of(cluster)
+    assert launched(types, [[{"CPU": 0.2}]] * 2) == ({"shared": 1}, 0)
+    assert launched(types, [[{"CPU": 0.2}]] * 7) == ({"shared": 1, "endpoint": 1}, 0)
+    models = on_gpus(tmp_path, "serve.max_replicas=3")
+    begun("large", *models)
+    _, cluster = service_of("large", capsys)
+    assert groups_of(cluster) == {"endpoint": (1, 4, 1, 1)}
+
+
+def test_an_application_of_a_run_without_a_key_is_refused(tmp_path: Path) -> None:
+    begun("safe")
+    with pytest.raises(ValueError, match=r"got no key, wanted one: make it by `elenchus key safe --label WHO`"):
+        app_of_run({"run_dir": "runs/safe"})
+
+
+def test_an_endpoint_without_a_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert elenchus.main(["manifest", "--kuberay", "--endpoint"]) == 2
+    assert "got --endpoint and no name of a run" in capsys.readouterr().err

@@ -5,15 +5,48 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from cluster.config import plugin_names
-from trainers.losses import Loss, PairBatch, TokenBatch, dpo, load_loss, pretraining, sft
+from cluster.config import Config, plugin_names
+from tests.loss_batches import VARIABLES, random_batch, rows_of, told_of_its_step, variables, without_targets
+from trainers.losses import (
+    Batch,
+    LabelBatch,
+    Loss,
+    PairBatch,
+    TokenBatch,
+    TwoPassLoss,
+    UnpairedBatch,
+    dpo,
+    load_loss,
+    pretraining,
+    sft,
+)
+from trainers.run_config import load_run_config
 
 NAMES = plugin_names("trainers.losses")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("dpo", {"beta": 0.3, "nll_weight": 0.5}),
+    ("dpo", {"beta": 5.0, "length_norm": True}),
+    ("ipo", {"length_norm": True}),
+    ("exo", {"nll_weight": 0.1}),
+    ("exo_group", {"forward": True}),
+    ("pro", {"unit_gaps": True}),
+    ("modpo", {"weights": [0.7, 0.3]}),
+    ("kto", {"desirable_weight": 1.5}),
+    ("bradley_terry", {"centring": 0.01}),
+    ("weak_to_strong", {"ramp": "released", "max_alpha": 1.0}),
+    ("token_noise", {"weighting": "probability"}),
+    ("token_noise", {"min_probability": 0.4}),
+    ("span_noise", {"unlikelihood": 0.5}),
+]
+"""Losses with settings that their invariants must hold under."""
+EACH_CASE = pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{s}" for name, s in CASES])
 
 
 def vector(*values: float) -> Tensor:
@@ -32,54 +65,8 @@ def toy_pair() -> PairBatch:
     )
 
 
-def random_batch(kind: type[PairBatch] | type[TokenBatch], *, seed: int, rows: int = 5) -> PairBatch | TokenBatch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    if kind is TokenBatch:
-        lengths = torch.arange(rows) % 4 + 1
-        mask = torch.arange(1, 7)[None, :] <= lengths[:, None]
-        return TokenBatch(logprobs=-3 * uniform(rows, 6), mask=mask, weights=uniform(rows))
-    return PairBatch(
-        policy_chosen=-10 * uniform(rows),
-        policy_rejected=-10 * uniform(rows),
-        reference_chosen=-10 * uniform(rows),
-        reference_rejected=-10 * uniform(rows),
-        chosen_lengths=torch.arange(1, rows + 1).double(),
-        rejected_lengths=torch.arange(2, rows + 2).double(),
-        weights=uniform(rows),
-        noise=0.4 * uniform(rows),
-        margins=uniform(rows),
-    )
-
-
-def with_totals(batch: PairBatch | TokenBatch) -> PairBatch | TokenBatch:
-    """The batch with the denominators that it has by itself, written out."""
-    if isinstance(batch, TokenBatch):
-        assert batch.weights is not None
-        tokens = float((batch.weights[:, None] * batch.mask).sum())
-        return replace(batch, global_tokens=tokens, global_rows=float(batch.weights.sum()))
-    assert batch.weights is not None
-    return replace(
-        batch,
-        global_weight=float(batch.weights.sum()),
-        global_chosen_tokens=float((batch.weights * batch.chosen_lengths).sum()),
-    )
-
-
-def rows_of(batch: PairBatch | TokenBatch, start: int, end: int) -> PairBatch | TokenBatch:
-    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    return replace(batch, **{name: v[start:end] for name, v in fields.items() if isinstance(v, Tensor)})
-
-
-def variables(batch: PairBatch | TokenBatch) -> list[Tensor]:
-    return [batch.logprobs] if isinstance(batch, TokenBatch) else [batch.policy_chosen, batch.policy_rejected]
-
-
-def config_of(loss: Loss) -> object:
-    return dpo.Config(beta=0.3, nll_weight=0.5) if loss is load_loss("dpo") else loss.Config()
+def config_of(loss: Loss, settings: dict[str, Any]) -> Config:
+    return loss.Config.model_validate(settings)
 
 
 # ---------------------------------------------------------------------------------------------------------- oracles
@@ -175,15 +162,18 @@ def test_pretraining_on_uniform_logits_costs_log_of_the_vocabulary_per_token() -
 # ------------------------------------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_CASE
 @pytest.mark.parametrize("cuts", [(0, 5), (0, 1, 5), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)])
-def test_loss_gradient_and_metrics_do_not_depend_on_how_a_step_is_cut(name: str, cuts: tuple[int, ...]) -> None:
+def test_loss_gradient_and_metrics_do_not_depend_on_how_a_step_is_cut(
+    name: str, settings: dict[str, Any], cuts: tuple[int, ...]
+) -> None:
     loss = load_loss(name)
-    whole = with_totals(random_batch(loss.batch, seed=1))
-    leaves = [v.requires_grad_() for v in variables(whole)]
-    expected = loss.loss(whole, config_of(loss))
+    config = config_of(loss, settings)
+    whole = told_of_its_step(random_batch(loss.batch, seed=1), loss, config)
+    leaves = variables(whole)
+    expected = loss.loss(whole, config)
     gradients = torch.autograd.grad(expected.loss, leaves)
-    parts = [loss.loss(rows_of(whole, a, b), config_of(loss)) for a, b in pairwise(cuts)]
+    parts = [loss.loss(rows_of(whole, a, b), config) for a, b in pairwise(cuts)]
     total = torch.stack([part.loss for part in parts]).sum()
     torch.testing.assert_close(total, expected.loss, atol=1e-12, rtol=0)
     for got, wanted in zip(torch.autograd.grad(total, leaves), gradients, strict=True):
@@ -192,84 +182,115 @@ def test_loss_gradient_and_metrics_do_not_depend_on_how_a_step_is_cut(name: str,
         torch.testing.assert_close(torch.stack([part.metrics[metric] for part in parts]).sum(), value)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_denominators_written_out_are_those_a_whole_batch_has_by_itself(name: str) -> None:
+@EACH_CASE
+def test_denominators_written_out_are_those_a_whole_batch_has_by_itself(name: str, settings: dict[str, Any]) -> None:
     loss = load_loss(name)
+    config = config_of(loss, settings)
     batch = random_batch(loss.batch, seed=2)
-    alone, told = loss.loss(batch, config_of(loss)), loss.loss(with_totals(batch), config_of(loss))
+    alone, told = loss.loss(batch, config), loss.loss(told_of_its_step(batch, loss, config), config)
     torch.testing.assert_close(alone.loss, told.loss)
     assert alone.metrics.keys() == told.metrics.keys()
     for metric in alone.metrics:
         torch.testing.assert_close(alone.metrics[metric], told.metrics[metric])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_the_finite_difference(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(load_loss(name), TwoPassLoss)])
+def test_a_first_pass_gives_each_row_its_figures_however_the_step_is_cut(name: str) -> None:
     loss = load_loss(name)
-    batch = random_batch(loss.batch, seed=3)
-    names = ["logprobs"] if isinstance(batch, TokenBatch) else ["policy_chosen", "policy_rejected"]
+    assert isinstance(loss, TwoPassLoss)
+    batch = random_batch(loss.batch, seed=1)
+    variables(batch)
+    figures = loss.first_pass(batch, loss.Config())
+    assert figures.shape[0] == 5
+    assert figures.ndim == 2
+    assert not figures.requires_grad
+    parts = [loss.first_pass(rows_of(batch, a, b), loss.Config()) for a, b in ((0, 2), (2, 5))]
+    assert torch.equal(torch.cat(parts), figures)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(load_loss(name), TwoPassLoss)])
+def test_what_part_of_a_step_costs_hangs_on_the_rest_of_it(name: str) -> None:
+    loss = load_loss(name)
+    changed = 0
+    for seed in range(10):
+        told = rows_of(told_of_its_step(random_batch(loss.batch, seed=seed), loss, loss.Config()), 2, 5)
+        assert isinstance(told, TokenBatch | UnpairedBatch | LabelBatch)
+        alone = replace(told, step_figures=None)
+        changed += loss.loss(told, loss.Config()).loss.item() != loss.loss(alone, loss.Config()).loss.item()
+    assert changed >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    # Weights that are the policy's own probabilities are no constants to a finite difference; they have their own test.
+    [case for case in CASES if case != ("token_noise", {"weighting": "probability"})],
+)
+def test_gradient_is_the_finite_difference(name: str, settings: dict[str, Any]) -> None:
+    loss = load_loss(name)
+    config = config_of(loss, settings)
+    batch = told_of_its_step(random_batch(loss.batch, seed=3), loss, config)
 
     def value(*leaves: Tensor) -> Tensor:
-        return loss.loss(replace(batch, **dict(zip(names, leaves, strict=True))), config_of(loss)).loss
+        return loss.loss(replace(batch, **dict(zip(VARIABLES[loss.batch], leaves, strict=True))), config).loss
 
-    assert torch.autograd.gradcheck(value, [v.requires_grad_() for v in variables(batch)], eps=1e-6, atol=1e-8)
+    assert torch.autograd.gradcheck(value, variables(batch), eps=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_of_weight_zero_change_nothing(name: str) -> None:
+@EACH_CASE
+def test_rows_of_weight_zero_change_nothing(name: str, settings: dict[str, Any]) -> None:
     loss = load_loss(name)
+    config = config_of(loss, settings)
     batch = random_batch(loss.batch, seed=4)
     assert batch.weights is not None
     masked = replace(batch, weights=batch.weights * torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))
-    torch.testing.assert_close(
-        loss.loss(masked, config_of(loss)).loss, loss.loss(rows_of(batch, 0, 3), config_of(loss)).loss
-    )
+    torch.testing.assert_close(loss.loss(masked, config).loss, loss.loss(rows_of(batch, 0, 3), config).loss)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_without_any_target_costs_nothing_and_has_zero_gradient(name: str) -> None:
+@EACH_CASE
+def test_a_batch_without_any_target_costs_nothing_and_has_zero_gradient(name: str, settings: dict[str, Any]) -> None:
     loss = load_loss(name)
-    batch = random_batch(loss.batch, seed=5)
-    if isinstance(batch, TokenBatch):
-        batch = replace(batch, mask=torch.zeros_like(batch.mask))
-    else:
-        batch = replace(
-            batch,
-            chosen_lengths=torch.zeros_like(batch.chosen_lengths),
-            rejected_lengths=torch.zeros_like(batch.rejected_lengths),
-        )
-    leaves = [v.requires_grad_() for v in variables(batch)]
-    output = loss.loss(batch, config_of(loss))
+    batch = without_targets(random_batch(loss.batch, seed=5))
+    leaves = variables(batch)
+    output = loss.loss(batch, config_of(loss, settings))
     assert output.loss.item() == 0.0
     assert all(value.item() == 0.0 for value in output.metrics.values())
     assert all(not gradient.any() for gradient in torch.autograd.grad(output.loss, leaves))
 
 
-@pytest.mark.parametrize("name", ["sft", "pretraining"])
-def test_what_stands_outside_the_mask_plays_no_part_even_when_it_is_not_a_number(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"), [(name, settings) for name, settings in CASES if load_loss(name).batch is TokenBatch]
+)
+def test_what_stands_outside_the_mask_plays_no_part_even_when_it_is_not_a_number(
+    name: str, settings: dict[str, Any]
+) -> None:
     loss = load_loss(name)
+    config = config_of(loss, settings)
     batch = random_batch(TokenBatch, seed=6)
     assert isinstance(batch, TokenBatch)
     spoilt = replace(batch, logprobs=batch.logprobs.masked_fill(~batch.mask, math.nan))
-    wider = replace(
-        batch,
-        logprobs=torch.nn.functional.pad(batch.logprobs, (0, 3), value=-99.0),
-        mask=torch.nn.functional.pad(batch.mask, (0, 3)),
-    )
-    expected = loss.loss(batch, loss.Config()).loss
-    torch.testing.assert_close(loss.loss(spoilt, loss.Config()).loss, expected, atol=0, rtol=0)
-    torch.testing.assert_close(loss.loss(wider, loss.Config()).loss, expected)
+    wide = {
+        field: torch.nn.functional.pad(values, (0, 3), value=-99.0 if values.is_floating_point() else 0)
+        for field in batch.__dataclass_fields__
+        if isinstance(values := getattr(batch, field), Tensor) and values.ndim == 2
+    }
+    expected = loss.loss(batch, config).loss
+    torch.testing.assert_close(loss.loss(spoilt, config).loss, expected, atol=0, rtol=0)
+    torch.testing.assert_close(loss.loss(replace(batch, **wide), config).loss, expected)
+    leaves = variables(spoilt)
+    (gradient,) = torch.autograd.grad(loss.loss(spoilt, config).loss, leaves)
+    assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_batch_gives_the_same_numbers_and_metrics_carry_no_gradient(name: str) -> None:
+@EACH_CASE
+def test_the_same_batch_gives_the_same_numbers_and_metrics_carry_no_gradient(
+    name: str, settings: dict[str, Any]
+) -> None:
     loss = load_loss(name)
     outputs = []
     for _ in range(2):
         batch = random_batch(loss.batch, seed=7)
-        for variable in variables(batch):
-            variable.requires_grad_()
-        outputs.append(loss.loss(batch, config_of(loss)))
+        variables(batch)
+        outputs.append(loss.loss(batch, config_of(loss, settings)))
     assert torch.equal(outputs[0].loss, outputs[1].loss)
     assert outputs[0].loss.shape == ()
     assert not any(value.requires_grad for value in outputs[0].metrics.values())
@@ -281,12 +302,17 @@ def test_the_same_batch_gives_the_same_numbers_and_metrics_carry_no_gradient(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_provides_what_the_protocol_asks(name: str) -> None:
     loss = load_loss(name)
-    assert loss.batch in (PairBatch, TokenBatch)
+    assert loss.batch in get_args(Batch)
     assert isinstance(loss.uses_reference, bool)
     assert loss.__doc__
     loss.Config()
 
 
 def test_an_unknown_loss_is_answered_with_those_that_exist_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r'got "dop", wanted one of dpo, pretraining, sft; did you mean dpo\?'):
+    with pytest.raises(ValueError, match=r'got "dop", wanted one of bradley_terry, .*; did you mean dpo\?'):
         load_loss("dop")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load_loss(name).batch in (PairBatch, UnpairedBatch)])
+def test_a_run_takes_every_loss_that_learns_from_pairs(name: str) -> None:
+    assert load_run_config([], flags=[("loss.kind", name)]).loss.kind == name

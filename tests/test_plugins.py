@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ from actors.domains import Checker, Demonstration, Domain, Problem, Role, load_d
 from actors.domains.arithmetic import Arithmetic
 from actors.records import Message, Split
 from cluster.config import Config, load_plugin, plugin_names
+from tests.loss_batches import VARIABLES, random_batch, without_targets
+from tests.sampled_tokens import sampled
 from trainers.losses import Loss, LossOutput, PairBatch, TokenBatch, load_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -372,12 +375,18 @@ def toy_batch(kind: type, *, masked: bool = False, scale: float = 1.0) -> tuple[
             ),
             policy,
         )
-    assert kind is TokenBatch, f"add a toy batch of {kind} here, so that losses that take it are covered"
+    if kind is not TokenBatch:
+        batch = random_batch(kind, seed=0)
+        (name, *_) = VARIABLES[kind]  # fails where a new kind is not known there
+        leaf = getattr(batch, name).requires_grad_()
+        batch = without_targets(batch) if masked else batch
+        return replace(batch, weights=batch.weights * scale), leaf
     logprobs = torch.tensor([[0.0, -1.0, -2.0], [0.0, -0.5, -3.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    return TokenBatch(
+    batch = TokenBatch(
         logprobs=logprobs, mask=mask & (not masked), weights=torch.full((2,), scale, dtype=torch.float64)
-    ), logprobs
+    )
+    return sampled(batch), logprobs
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -93,12 +93,14 @@ def test_those_refused_for_overload_are_told_to_come_back_one_after_another(tmp_
         assert [refused() for _ in range(1000)][-1] == 30
         now[0] = 100.0
         assert refused() == 1
-    # 500 ended within five seconds: 200 a second come back.
+    # 500 ended within five seconds, so that 125 a second come back.
     for _ in range(499):
         with limits.admitted(owner, num_samples=1):
             pass
     with limits.admitted(owner, num_samples=1):
-        assert [refused() for _ in range(110)][-1] == 2  # 0.5 + 110 / 200 = 1.05
+        now[0] += 0.25  # how long the rate stands
+        assert [refused() for _ in range(60)][-1] == 1  # 0.5 + 59 / 125 = 0.97
+        assert [refused() for _ in range(10)][-1] == 2  # 0.5 + 69 / 125 = 1.05
 
 
 def test_what_can_not_be_a_key_is_refused(tmp_path: Path) -> None:

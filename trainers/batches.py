@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,8 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from trainers.advantages import Estimates, Samples
 from trainers.logprobs import sequence_logprobs
-from trainers.losses import PairBatch, TokenBatch
+from trainers.losses import PairBatch, TokenBatch, UnpairedBatch
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -237,6 +238,8 @@ class Totals(NamedTuple):
     """Sum of the rows' weights."""
     tokens: float
     """Sum of weight x target tokens; for pairs, the chosen response's."""
+    flagged_tokens: float = 0.0
+    """Sum of weight x target tokens within flagged spans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,15 +252,22 @@ class TokenRows:
     lengths: Ids
     """Tokens of each row."""
     num_targets: Ids
+    flags: tuple[npt.NDArray[np.bool_], ...] | None = None
+    """Which of a row's tokens are within a flagged span; None: the table does not say."""
     sequences_per_row: int = 1
 
     def totals(self, rows: Sequence[int]) -> Totals:
         """Return the denominators of a step."""
         chosen = list(rows)
+        weights = self.weights[chosen]
         return Totals(
-            weight=float(self.weights[chosen].sum()),
-            tokens=float((self.weights[chosen] * self.num_targets[chosen]).sum()),
+            weight=float(weights.sum()),
+            tokens=float((weights * self.num_targets[chosen]).sum()),
+            flagged_tokens=sum(float(self.weights[row]) * self._num_flagged(row) for row in chosen),
         )
+
+    def _num_flagged(self, row: int) -> int:
+        return 0 if self.flags is None else int(np.count_nonzero(self.flags[row] & self.masks[row]))
 
     def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
         """Return 1: the layout has put like lengths together."""
@@ -270,12 +280,19 @@ class TokenRows:
 
     def batch(self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals) -> TokenBatch:
         """Return what a token loss takes, from the policy's [B, T] log-probs."""
+        flagged = None
+        if self.flags is not None:
+            flagged = _pad(
+                [self.token_ids[row] for row in rows], [self.flags[row] for row in rows], num_sequences=1
+            ).mask
         return TokenBatch(
             logprobs=logprobs,
             mask=mask,
             weights=_column(self.weights, rows, like=logprobs),
             global_tokens=totals.tokens,
             global_rows=totals.weight,
+            flagged=None if flagged is None else flagged.to(logprobs.device),
+            global_flagged_tokens=totals.flagged_tokens,
         )
 
 
@@ -291,7 +308,8 @@ class PairRows:
     """Response tokens."""
     rejected_lengths: Ids
     weights: Floats
-    noise: Floats
+    noise: Floats | None
+    """None: no row says how likely its preference is flipped."""
     margins: Floats
     lengths: Ids
     """Tokens of each row's longer sequence."""
@@ -359,22 +377,186 @@ class PairRows:
             chosen_lengths=_column(self.chosen_lengths, rows, like=logprobs),
             rejected_lengths=_column(self.rejected_lengths, rows, like=logprobs),
             weights=_column(self.weights * self.correction, rows, like=logprobs),
-            noise=_column(self.noise, rows, like=logprobs),
+            noise=None if self.noise is None else _column(self.noise, rows, like=logprobs),
             margins=_column(self.margins, rows, like=logprobs),
             global_weight=totals.weight,
             global_chosen_tokens=totals.tokens,
         )
 
+    def unpaired_batch(
+        self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
+    ) -> UnpairedBatch:
+        """Return what an unpaired loss takes: the chosen as desirable, then the rejected as undesirable; 2B rows."""
+        weights = _column(self.weights * self.correction, rows, like=logprobs)
+        lengths = [_column(side, rows, like=logprobs) for side in (self.chosen_lengths, self.rejected_lengths)]
+        return UnpairedBatch(
+            policy=sequence_logprobs(logprobs, mask),
+            reference=reference.T.flatten(),
+            desirable=torch.arange(2 * len(weights), device=logprobs.device) < len(weights),
+            lengths=torch.cat(lengths),
+            weights=weights.repeat(2),
+            global_weight=2 * totals.weight,
+        )
 
-Rows: TypeAlias = TokenRows | PairRows
+    def mismatched(self, rows: Sequence[int]) -> PairRows:
+        """Return, for some rows, each one's prompt with the next one's responses, the last one's with the first's.
+
+        They are numbered from 0, in the order of `rows`. A sequence longer than any of the table's is cut. Of a single
+        row, which has no other, nothing is left but its weight of 0.
+        """
+        limit = int(self.lengths.max())
+        prompts = [self.chosen[row][~self.chosen_masks[row]] for row in rows]
+        sides = []
+        for ids, masks in ((self.chosen, self.chosen_masks), (self.rejected, self.rejected_masks)):
+            responses = [ids[row][masks[row]] for row in (*rows[1:], rows[0])]
+            joined = [np.concatenate(both)[:limit] for both in zip(prompts, responses, strict=True)]
+            shown = [np.arange(len(ids)) >= len(prompt) for ids, prompt in zip(joined, prompts, strict=True)]
+            sides.append((tuple(joined), tuple(shown), np.array([int(mask.sum()) for mask in shown])))
+        (chosen, chosen_masks, chosen_lengths), (rejected, rejected_masks, rejected_lengths) = sides
+        return replace(
+            self,
+            chosen=chosen,
+            rejected=rejected,
+            chosen_masks=chosen_masks,
+            rejected_masks=rejected_masks,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            weights=self.weights[list(rows)] * (len(rows) > 1),
+            noise=None,
+            margins=self.margins[list(rows)],
+            lengths=np.array([max(map(len, both)) for both in zip(chosen, rejected, strict=True)]),
+            ages=self.ages[list(rows)],
+            rollout_logprobs=None,
+            correction=self.correction[list(rows)],
+        )
+
+
+class Signals(NamedTuple):
+    """What an update knows of its samples' tokens from its start on; each [rows, T] fp32, 0 outside the responses."""
+
+    old_logprobs: Tensor
+    reference_logprobs: Tensor
+    advantages: Tensor
+    returns: Tensor | None
+    old_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRows:
+    """Responses that were sampled and scored: documents, and what becomes of their scores."""
+
+    documents: TokenRows
+    scores: Floats
+    """(rows,); NaN where there is none."""
+    groups: Ids
+    """(rows,): responses to one query have one number."""
+    ended: npt.NDArray[np.bool_]
+    """(rows,): false where a response was cut at its greatest length."""
+    ages: Ids
+    """Versions that each row's samples are behind the weights to be trained; 0 where the table does not say."""
+    rollout_logprobs: Tensor | None
+    """[rows, T] fp32: nats, when they were sampled; None: not known."""
+    reference_logprobs: Tensor | None
+    """[rows, T] fp32; None: the reference are the weights at the update's start."""
+    segment_rewards: Tensor | None
+    """[rows, T] fp32 (trainers.advantages); None: no critic gave any."""
+    signals: Signals | None = None
+    """None until `with_signals`."""
+
+    @property
+    def lengths(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.documents.lengths
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Return 1."""
+        return self.documents.sequences_per_row
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the number of rows and of tokens of the longest."""
+        return len(self.lengths), int(self.lengths.max(initial=1))
+
+    def totals(self, rows: Sequence[int]) -> Totals:
+        """Return the denominators of a step."""
+        return self.documents.totals(rows)
+
+    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
+        """Return 1: the layout has put like lengths together."""
+        return self.documents.num_passes(micros)
+
+    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
+        """Return [B, T] token ids and targets; without rows a dummy that has no target."""
+        return self.documents.pad(rows, num_passes=num_passes)
+
+    def samples(self, old_logprobs: Tensor, *, values: Tensor | None = None) -> Samples:
+        """Return all rows as a method makes advantages of them.
+
+        Args:
+            old_logprobs: [rows, T] by the weights at the update's start.
+            values: [rows, T] by the same, of a policy with a value head.
+        """
+        reference = old_logprobs if self.reference_logprobs is None else self.reference_logprobs
+        shown = [np.ones(count) for count in self.documents.num_targets]
+        return Samples(
+            mask=_aligned(shown, self.documents.masks, shape=self.shape).bool(),
+            scores=torch.from_numpy(self.scores),
+            groups=torch.from_numpy(self.groups),
+            ended=torch.from_numpy(self.ended),
+            old_logprobs=old_logprobs,
+            reference_logprobs=reference,
+            values=values,
+            segment_rewards=self.segment_rewards,
+        )
+
+    def with_signals(self, samples: Samples, estimates: Estimates) -> SampleRows:
+        """Return the rows with what a method made of them; those that it leaves out weigh nothing."""
+        signals = Signals(
+            old_logprobs=samples.old_logprobs,
+            reference_logprobs=samples.reference_logprobs,
+            advantages=estimates.advantages.float(),
+            returns=None if estimates.returns is None else estimates.returns.float(),
+            old_values=samples.values,
+        )
+        weights = self.documents.weights * estimates.live.numpy()
+        return replace(self, signals=signals, documents=replace(self.documents, weights=weights))
+
+    def batch(
+        self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, values: Tensor | None = None
+    ) -> TokenBatch:
+        """Return what a policy-gradient loss takes, from the policy's [B, T] log-probs and its value head's values."""
+        assert self.signals is not None, "with_signals comes first"
+        num_tokens = logprobs.shape[1]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            picked = values[list(rows), :num_tokens] if rows else torch.zeros_like(logprobs, device="cpu")
+            return picked.to(device=logprobs.device, dtype=logprobs.dtype)
+
+        return replace(
+            self.documents.batch(rows, logprobs=logprobs, mask=mask, totals=totals),
+            old_logprobs=cut(self.signals.old_logprobs),
+            rollout_logprobs=cut(self.rollout_logprobs),
+            reference_logprobs=cut(self.signals.reference_logprobs),
+            advantages=cut(self.signals.advantages),
+            returns=cut(self.signals.returns),
+            values=values,
+            old_values=cut(self.signals.old_values),
+        )
+
+
+Rows: TypeAlias = TokenRows | PairRows | SampleRows
 """The rows of a table, ready to be padded."""
 
 
 def token_rows(table: pa.Table) -> TokenRows:
-    """Return the documents of a table: `prompt_token_ids`, `response_token_ids`; `weight` and `loss_mask` if there.
+    """Return a table's documents: `prompt_token_ids`, `response_token_ids`; `weight`, `loss_mask`, `flagged` if there.
 
     Targets are the response's tokens, or those where `loss_mask` (one entry per token of prompt + response) is true.
-    The first token of all is never one, for nothing predicts it.
+    The first token of all is never one, for nothing predicts it. `flagged` (one entry per token of the response) is
+    true within spans that a critique has found fault with.
 
     Raises:
         ValueError: a column is missing, a row has no target, a mask of another length, or a weight that is no weight.
@@ -391,6 +573,13 @@ def token_rows(table: pa.Table) -> TokenRows:
         targets = _Lists(values=masks.values.astype(np.bool_), lengths=masks.lengths)
     else:
         targets = _responses_of(prompts, responses)
+    flags = None
+    if "flagged" in table.column_names:
+        given = _lists(table, "flagged")
+        _refuse_rows(given.lengths != responses.lengths, table, "flagged: wanted one for each token of the response")
+        nothing = _Lists(values=np.zeros(int(prompts.lengths.sum()), dtype=np.int64), lengths=prompts.lengths)
+        flagged = _joined(nothing, given)
+        flags = _Lists(values=flagged.values.astype(np.bool_), lengths=flagged.lengths).rows()
     targets.values[targets.starts[targets.lengths > 0]] = False
     mask_rows = targets.rows()
     num_targets = np.array([np.count_nonzero(mask) for mask in mask_rows], dtype=np.int64)
@@ -401,6 +590,7 @@ def token_rows(table: pa.Table) -> TokenRows:
         weights=_numbers(table, "weight", default=1.0),
         lengths=joined.lengths,
         num_targets=num_targets,
+        flags=flags,
     )
 
 
@@ -414,6 +604,8 @@ def pair_rows(table: pa.Table) -> PairRows:
     chosen, rejected = _lists(table, "chosen_token_ids"), _lists(table, "rejected_token_ids")
     for name, lists in (("prompt", prompts), ("chosen", chosen), ("rejected", rejected)):
         _refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop the pair before training")
+    noise = _numbers(table, "noise", default=0.0)
+    _refuse_rows(noise >= 0.5, table, "a noise of 0.5 or more: its label tells nothing, or the opposite; drop the pair")
     return PairRows(
         chosen=_joined(prompts, chosen).rows(),
         rejected=_joined(prompts, rejected).rows(),
@@ -422,13 +614,73 @@ def pair_rows(table: pa.Table) -> PairRows:
         chosen_lengths=chosen.lengths,
         rejected_lengths=rejected.lengths,
         weights=_numbers(table, "weight", default=1.0),
-        noise=_numbers(table, "noise", default=0.0),
+        # A table of zeros is one whose maker does not estimate noise: the loss's own setting holds for it.
+        noise=noise if noise.any() else None,
         margins=_numbers(table, "margin", default=0.0, least=-1.0),
         lengths=prompts.lengths + np.maximum(chosen.lengths, rejected.lengths),
         ages=_ages(table),
         rollout_logprobs=_rollout_logprobs(table, chosen=chosen, rejected=rejected),
         correction=np.ones(len(prompts.lengths)),
     )
+
+
+def sample_rows(table: pa.Table) -> SampleRows:
+    """Return the scored responses of a table.
+
+    Columns: `prompt_token_ids`, `response_token_ids`, `query_id` (its responses are a group, which must be whole) and
+    `score` (null or NaN: there is none). If there: `response_logprobs` (nats, when they were sampled),
+    `reference_logprobs` and `segment_rewards`, each one number for every token of the response; `finish_reason`
+    ("stop": the response has its end; without the column all have), `age`, `weight`, `loss_mask` (see `token_rows`).
+
+    Raises:
+        ValueError: a column is missing, a prompt or response is empty, a score is infinite, or a list has another
+            length than its response.
+    """
+    prompts, responses = _lists(table, "prompt_token_ids"), _lists(table, "response_token_ids")
+    for name, lists in (("prompt", prompts), ("response", responses)):
+        _refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop it before training")
+    documents = token_rows(table)
+    columns: Any = {name: table.column(name) for name in ("score", "query_id") if name in table.column_names}
+    for name in {"score", "query_id"} - columns.keys():
+        raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
+    scores: Floats = columns["score"].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    _refuse_rows(np.isinf(scores), table, "an infinite score")
+    _, groups = np.unique(np.array(columns["query_id"].to_pylist(), dtype=np.str_), return_inverse=True)
+    given = {
+        name: _response_numbers(table, name, prompts, responses)
+        for name in ("response_logprobs", "reference_logprobs", "segment_rewards")
+    }
+    reasons = table.column("finish_reason").to_pylist() if "finish_reason" in table.column_names else None
+    return SampleRows(
+        documents=documents,
+        scores=scores,
+        groups=groups.astype(np.int64),
+        ended=np.array([True] * table.num_rows if reasons is None else [reason == "stop" for reason in reasons]),
+        ages=_ages(table),
+        rollout_logprobs=given["response_logprobs"],
+        reference_logprobs=given["reference_logprobs"],
+        segment_rewards=given["segment_rewards"],
+    )
+
+
+def _response_numbers(table: pa.Table, name: str, prompts: _Lists, responses: _Lists) -> Tensor | None:
+    """Return [rows, T] numbers on the tokens of each response; None where a table has none, or not of every row."""
+    if name not in table.column_names or table.column(name).null_count:
+        return None
+    found = _lists(table, name)
+    _refuse_rows(found.lengths != responses.lengths, table, f"{name}: wanted one for each token of the response")
+    shape = table.num_rows, int((prompts.lengths + responses.lengths).max(initial=1))
+    return _aligned(found.rows(), _responses_of(prompts, responses).rows(), shape=shape)
+
+
+def _aligned(
+    values: Sequence[npt.NDArray[Any]], masks: Sequence[npt.NDArray[np.bool_]], *, shape: tuple[int, int]
+) -> Tensor:
+    """Return [rows, T] fp32: each row's values, one after the other, where its mask is true; 0 elsewhere."""
+    out = np.zeros(shape, dtype=np.float32)
+    for row, (mine, mask) in enumerate(zip(values, masks, strict=True)):
+        out[row, : len(mask)][mask] = mine
+    return torch.from_numpy(out)
 
 
 def _ages(table: pa.Table) -> Ids:
@@ -473,7 +725,9 @@ def sequence_rows(sequences: Iterable[Sequence[int]]) -> TokenRows:
     )
 
 
-def _pad(token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int, num_passes: int) -> Padded:
+def _pad(
+    token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int, num_passes: int = 1
+) -> Padded:
     # A dummy has two positions, so that its log-probs hang on the weights and its (zero) gradient reaches all of them.
     shape = (len(token_ids) or num_sequences, max((len(ids) for ids in token_ids), default=2))
     padded, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)

@@ -37,24 +37,29 @@ from cluster.config import Config
 from cluster.durable_files import FileDigest, digest_file, sync_path, write_json_atomic
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest, put_weights
+from trainers.advantages import informative
 from trainers.batches import (
     MicroBatch,
     Padded,
     PairRows,
     Rows,
+    SampleRows,
     TokenRows,
     Totals,
     TrainingPlan,
     micro_batches,
     pair_rows,
+    sample_rows,
     sequence_rows,
     token_rows,
 )
 from trainers.importance import ImportanceConfig, correction
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.losses import Loss, LossOutput, PairBatch, load_loss
+from trainers.losses import Loss, LossOutput, PairBatch, TokenBatch, TwoPassLoss, UnpairedBatch, load_loss
 from trainers.muon import MuonAdamW
+from trainers.policy_gradient import PolicyConfig, PolicyLoss
 from trainers.training_config import TrainingConfig, learning_rate
+from trainers.value_head import add_value_head, aligned_values, policy_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +172,13 @@ class _Update:
     rows: Rows
     reference: Tensor | None
     """[rows, 2] fp32: the reference's summed log-probs of chosen and rejected."""
+    mismatched: tuple[Tensor, ...] = ()
+    """Of an unpaired loss, for each step, [its rows, 2] fp32: the same of `PairRows.mismatched`."""
+
+    @property
+    def temperature(self) -> float:
+        """Return that at which log-probs are taken: the sampling's, where the loss learns from samples."""
+        return _temperature_of(self.loss_config)
 
 
 class _Forward(NamedTuple):
@@ -174,6 +186,8 @@ class _Forward(NamedTuple):
     """[S, T]"""
     mask: Tensor
     padded: Padded
+    values: Tensor | None
+    """[S, T]; None without a value head, and where no loss asks for one."""
 
 
 class DeepSpeedRank:
@@ -236,6 +250,8 @@ class DeepSpeedRank:
         self._update = None
         _seed_all(config.seed * 100_003 + self._rank)
         model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        if config.value_head:
+            add_value_head(model)
         self._engine = _build_engine(model.to(self._device), config=config, num_ranks=self._num_ranks)
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
 
@@ -283,7 +299,8 @@ class DeepSpeedRank:
         """Fetch the table and compute the reference's log-probs with the weights as they are now.
 
         Returns what they say of the samples' staleness (`trainers.importance`): nothing where the table does not say
-        how its samples came about.
+        how its samples came about. Of scored samples it is what their scores and log-probs come to; how they are
+        corrected for is the loss's own setting.
 
         Raises:
             ValueError: the table does not fit the plan, the loss or the model's longest sequence.
@@ -291,18 +308,30 @@ class DeepSpeedRank:
         module = load_loss(loss)
         arrow = ray.get(table.ref)
         _refuse_other_rows(arrow, plan)
-        rows: Rows = pair_rows(arrow) if module.batch is PairBatch else token_rows(arrow)
+        said: dict[str, float] = {}
+        if isinstance(module, PolicyLoss):
+            samples = sample_rows(arrow)
+            self._refuse_long(samples)
+            samples, said = self._estimated(samples, plan, module, loss_config)
+            self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=samples, reference=None)
+            return said
+        rows = _rows_for(module, arrow, name=loss)
         self._refuse_long(rows)
         gaps = isinstance(rows, PairRows) and rows.rollout_logprobs is not None and importance is not None
         reference = self._reference(rows, plan) if module.uses_reference or gaps else None
-        said: dict[str, float] = {}
         if isinstance(rows, PairRows):
             if reference is None:
                 reference = _Reference.nothing(len(rows.lengths))
             if importance is not None and rows.rollout_logprobs is not None:
                 rows, said = _corrected(rows, reference, importance)
         sums = None if reference is None else reference.sums
-        self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums)
+        mismatched: tuple[Tensor, ...] = ()
+        if module.batch is UnpairedBatch:
+            assert isinstance(rows, PairRows), "unpaired responses come as pairs"
+            mismatched = tuple(self._sums(rows.mismatched(step.rows)) for step in plan.steps)
+        self._update = _Update(
+            plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums, mismatched=mismatched
+        )
         return said
 
     def steps(self, first: int, count: int) -> list[StepReport]:
@@ -321,13 +350,19 @@ class DeepSpeedRank:
         begin, planned = time.monotonic(), update.plan.steps[index]
         totals = update.rows.totals(planned.rows)
         micros = self._micro_batches(update.rows, planned.rows)
+        figures = self._first_pass(update, index, totals)
         if not self._engine.training:
             self._engine.train()
         sums: dict[str, float] = {}
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
-            forward = self._forward(update.rows.pad(micro.rows, num_passes=micro.num_passes))
-            output = self._loss(update, micro.rows, forward, totals)
+            padded = update.rows.pad(micro.rows, num_passes=micro.num_passes)
+            forward = self._forward(padded, temperature=update.temperature)
+            batch = self._batch(update, micro.rows, forward, totals)
+            if figures is not None:
+                assert not isinstance(batch, PairBatch), "no pair loss looks at a step twice"
+                batch = replace(batch, step_figures=figures)
+            output = update.loss.loss(batch, update.loss_config)
             _add(sums, output, forward.padded)
             loss = output.loss
             if is_last:
@@ -365,30 +400,73 @@ class DeepSpeedRank:
         )
         return layout[self._rank]
 
-    def _forward(self, padded: Padded) -> _Forward:
+    def _forward(self, padded: Padded, *, temperature: float = 1.0) -> _Forward:
         token_ids, mask = padded.token_ids.to(self._device), padded.mask.to(self._device)
         if len(padded.passes) == 1:
-            return _Forward(logprobs=self._token_logprobs(token_ids), mask=mask, padded=padded)
+            logprobs, values = self._token_logprobs(token_ids, temperature)
+            return _Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
         width = token_ids.shape[1]
         parts = [
-            torch.nn.functional.pad(self._token_logprobs(token_ids[sequences, :length]), (0, width - length))
+            torch.nn.functional.pad(
+                self._token_logprobs(token_ids[sequences, :length], temperature)[0], (0, width - length)
+            )
             for sequences, length in padded.passes
         ]
         back = torch.argsort(torch.cat([part.sequences for part in padded.passes])).to(self._device)
-        return _Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded)
+        # Only pairs are computed in two passes, and pairs have no values.
+        return _Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded, values=None)
 
-    def _token_logprobs(self, token_ids: Tensor) -> Tensor:
-        return token_logprobs(self._engine(input_ids=token_ids, use_cache=False).logits, token_ids)
+    def _token_logprobs(self, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Return [S, T] log-probs, and values where the policy has a value head."""
+        if not self._config.value_head:
+            logits = self._engine(input_ids=token_ids, use_cache=False).logits
+            return token_logprobs(logits, token_ids, temperature=temperature), None
+        found = self._engine(input_ids=token_ids, use_cache=False, output_hidden_states=True)
+        return token_logprobs(found.logits, token_ids, temperature=temperature), aligned_values(found["token_values"])
 
-    def _loss(self, update: _Update, micro: tuple[int, ...], forward: _Forward, totals: Totals) -> LossOutput:
+    def _batch(
+        self, update: _Update, micro: tuple[int, ...], forward: _Forward, totals: Totals
+    ) -> PairBatch | UnpairedBatch | TokenBatch:
         rows, logprobs, mask = update.rows, forward.logprobs, forward.mask
+        if isinstance(rows, SampleRows):
+            return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, values=forward.values)
         if isinstance(rows, TokenRows):
-            tokens = rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals)
-            return update.loss.loss(tokens, update.loss_config)
+            return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals)
         assert update.reference is not None, "begin_update makes one for pairs"
         reference = (update.reference[list(micro)] if micro else torch.zeros(1, 2)).to(self._device)
-        pairs = rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
-        return update.loss.loss(pairs, update.loss_config)
+        if update.loss.batch is UnpairedBatch:
+            return rows.unpaired_batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
+        return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
+
+    def _first_pass(self, update: _Update, index: int, totals: Totals) -> Tensor | None:
+        """Return [N, F] figures of all rows of a step, the same on every rank; None where the loss asks for none.
+
+        Each row's come from one rank, so that a sum over them is exact. Of an unpaired loss they are those of
+        mismatched pairs, first the chosen, then the rejected.
+        """
+        loss = update.loss
+        if not isinstance(loss, TwoPassLoss):
+            return None
+        places: Sequence[int] = update.plan.steps[index].rows
+        num_sides = 1
+        if loss.batch is UnpairedBatch:
+            assert isinstance(update.rows, PairRows), "unpaired responses come as pairs"
+            update = replace(update, rows=update.rows.mismatched(places), reference=update.mismatched[index])
+            num_sides, places = 2, range(len(places))
+        place_of = {row: place for place, row in enumerate(places)}
+        parts = []
+        for micro, forward in self._evaluated(update.rows, places, temperature=update.temperature):
+            batch = self._batch(update, micro, forward, totals)
+            if isinstance(batch, UnpairedBatch):
+                batch = replace(batch, mismatched_policy=batch.policy, mismatched_reference=batch.reference)
+            found = loss.first_pass(batch, update.loss_config)
+            parts.append((micro, found.view(num_sides, -1, found.shape[1])))
+        figures = parts[0][1].new_zeros(num_sides, len(places), parts[0][1].shape[2])
+        for micro, found in parts:
+            if micro:
+                figures[:, [place_of[row] for row in micro]] = found
+        dist.all_reduce(figures)
+        return figures.flatten(0, 1)
 
     def _apply(self, rate: float) -> tuple[bool, float]:
         """Clip and step unless the gradient is not finite; return whether it was applied, and the gradient's norm."""
@@ -442,12 +520,15 @@ class DeepSpeedRank:
                 found[row] = tuple(values[1 : int(rows.lengths[row])])
         return found
 
-    def _evaluated(self, rows: Rows, chosen: Sequence[int]) -> Iterator[tuple[tuple[int, ...], _Forward]]:
+    def _evaluated(
+        self, rows: Rows, chosen: Sequence[int], *, temperature: float = 1.0
+    ) -> Iterator[tuple[tuple[int, ...], _Forward]]:
         """Yield this rank's micro-batches with their log-probs, without gradient and without dropout."""
         self._engine.eval()
         with torch.no_grad():
             for micro in self._micro_batches(rows, chosen):
-                yield micro.rows, self._forward(rows.pad(micro.rows, num_passes=micro.num_passes))
+                padded = rows.pad(micro.rows, num_passes=micro.num_passes)
+                yield micro.rows, self._forward(padded, temperature=temperature)
 
     def _reference(self, rows: Rows, plan: TrainingPlan) -> _Reference | None:
         """Return the log-probs by the weights as they are now, each row computed once over all ranks.
@@ -468,6 +549,35 @@ class DeepSpeedRank:
         dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
         dist.all_reduce(gaps)
         return _Reference(sums=sums.cpu(), gaps=gaps.cpu())
+
+    def _estimated(
+        self, rows: SampleRows, plan: TrainingPlan, loss: PolicyLoss, config: Config
+    ) -> tuple[SampleRows, dict[str, float]]:
+        """Return the rows with log-probs by the weights as they are now and the advantages that the loss makes of them.
+
+        Laid out as the first epoch's steps are, so that the first step's ratios are exactly 1.
+        """
+        # Log-probs, and values where there are any.
+        old = torch.zeros(1 + self._config.value_head, *rows.shape, device=self._device)
+        temperature = _temperature_of(config)
+        for chosen in _each_row_once(plan, num_rows=len(rows.lengths)):
+            for micro, forward in self._evaluated(rows, chosen, temperature=temperature):
+                if micro:
+                    told = (forward.logprobs,) if forward.values is None else (forward.logprobs, forward.values)
+                    for kept, own in zip(old, told, strict=True):
+                        kept[list(micro), : own.shape[1]] = torch.where(forward.mask, own, 0.0).float()
+        dist.all_reduce(old)  # each row is 0 on all ranks but one: the sum is exact
+        logprobs, *values = old.cpu()
+        return estimated(rows, logprobs, values=values[0] if values else None, loss=loss, config=config)
+
+    def _sums(self, rows: PairRows) -> Tensor:
+        """Return [rows, 2] fp32: the summed log-probs of chosen and rejected by the weights as they are now."""
+        sums = torch.zeros(len(rows.lengths), 2, device=self._device)
+        for micro, forward in self._evaluated(rows, range(len(rows.lengths))):
+            if micro:
+                sums[list(micro)] = sequence_logprobs(forward.logprobs, forward.mask).view(2, -1).T
+        dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
+        return sums.cpu()
 
     def _refuse_long(self, rows: Rows) -> None:
         if self._max_positions is not None and len(rows.lengths) and rows.lengths.max() > self._max_positions:
@@ -533,7 +643,7 @@ class DeepSpeedRank:
 
     def _parameters(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Return name, dtype and whole shape of what `_gathered` gives, without gathering."""
-        named = self._engine.module.named_parameters()
+        named = policy_parameters(self._engine.module)
         # Under ZeRO 3 a parameter's own shape is that of what this rank holds, or of nothing.
         return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
@@ -570,7 +680,7 @@ class DeepSpeedRank:
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the named parameters, whole also under ZeRO 3; a tied head has no entry of its own."""
-        for name, parameter in self._engine.module.named_parameters():
+        for name, parameter in policy_parameters(self._engine.module):
             with self._whole(parameter):
                 yield name, parameter.detach()
 
@@ -799,6 +909,53 @@ def _corrected(rows: PairRows, reference: _Reference, config: ImportanceConfig) 
     return replace(rows, correction=factors), said
 
 
+def estimated(
+    rows: SampleRows, old_logprobs: Tensor, *, loss: PolicyLoss, config: Config, values: Tensor | None = None
+) -> tuple[SampleRows, dict[str, float]]:
+    """Return the rows with what a loss makes of all of them at once, and what is worth knowing of how they came about.
+
+    Args:
+        rows: of a whole update, so that no group is cut.
+        old_logprobs: [rows, T] by the weights at the update's start.
+        loss: whose advantages they become.
+        config: the loss's settings.
+        values: [rows, T] by the same weights; None without a value head.
+    """
+    samples = rows.samples(old_logprobs, values=values)
+    found = loss.advantages(samples, config)
+    scored = samples.scored()
+    said = {
+        "score": float(samples.scores[scored].mean()) if bool(scored.any()) else 0.0,
+        "unscored_share": float((~scored).double().mean()),
+        "left_out_share": float((~found.live).double().mean()),
+        "equal_scores_share": float((scored & ~informative(samples.scores, samples.groups)).double().mean()),
+        "reference_kl_per_response": float(samples.log_ratios().sum(dim=1).mean()),
+    }
+    if rows.rollout_logprobs is not None:
+        gaps = torch.where(samples.mask, (old_logprobs - rows.rollout_logprobs).abs(), 0.0).double().sum(dim=1)
+        stale, num_tokens = torch.from_numpy(rows.ages > 0), samples.mask.sum(dim=1)
+        said["stale_share"] = float(stale.double().mean())
+        for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
+            if bool(chosen.any()):
+                said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
+    return rows.with_signals(samples, found), said
+
+
+def _temperature_of(config: Config) -> float:
+    return config.temperature if isinstance(config, PolicyConfig) else 1.0
+
+
+def _each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of each step of the first epoch, then those that it leaves over."""
+    left = set(range(num_rows))
+    for planned in plan.steps:
+        if planned.epoch == 0:
+            yield planned.rows
+            left -= set(planned.rows)
+    if left:
+        yield tuple(sorted(left))
+
+
 def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     scalars = {**output.metrics, "loss": output.loss.detach()}
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
@@ -806,6 +963,22 @@ def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     values["num_padded_tokens"] = padded.num_padded_tokens
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
+
+
+def _rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
+    """Return a table's rows as a loss takes them.
+
+    Raises:
+        ValueError: it takes what no table holds.
+    """
+    if loss.batch in (PairBatch, UnpairedBatch):
+        return pair_rows(table)
+    if loss.batch is TokenBatch:
+        return token_rows(table)
+    raise ValueError(
+        f'update: got loss "{name}", which takes a {loss.batch.__name__}, wanted one that takes a PairBatch, '
+        "an UnpairedBatch or a TokenBatch: a table holds no others"
+    )
 
 
 def _refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:

@@ -42,7 +42,6 @@ from actors.records import (
     Verdict,
     from_table,
     lineage_id,
-    to_table,
 )
 from actors.rollout import Rollout
 from cluster.config import Config
@@ -69,6 +68,7 @@ from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.progress import Progress, StopSignal
 from trainers.summary import IterationMetrics, append_metrics, rewind_metrics
+from trainers.training_data import TrainingData, material_of, of_accepted, of_pairs, of_samples, reads_spans
 from trainers.training_group import TrainingGroup, TrainingPlan, UpdateReport
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class DriverConfig:
     loss: str
     loss_config: Config
     batch_size: int
-    """Pairs per optimizer step."""
+    """Rows of an update's data per optimizer step."""
     tokens_spanning: Callable[[Sequence[int], int], int]
     """How many of the learner's tokens it takes to spell so many characters (actors.chat.num_tokens_spanning)."""
     importance: ImportanceConfig | None = None
@@ -130,13 +130,13 @@ def _num_judged(judged: Sequence[Judged]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """An iteration's first half: everything up to its pairs."""
+    """An iteration's first half: everything up to what the learner is to be trained on."""
 
     iteration: int
     rollouts: Rollouts
     judged: Sequence[Judged]
     verdicts: Sequence[Verdict]
-    pairs: Pairs
+    data: TrainingData
     outcomes: Sequence[Outcome]
     clock: StageClock
     state: LoopState
@@ -197,6 +197,7 @@ class Driver:
         self._domain = domain
         self._gold = gold
         self._config = config
+        self._material = material_of(config.loss)
         self._progress = progress
         self._stop = stop
         self._journal = Journal(store)
@@ -274,7 +275,7 @@ class Driver:
         rollouts = await self._attack_respond_critique(iteration, clock)
         judged = rollouts.judged()
         verdicts = await self._judge(iteration, judged, clock)
-        pairs = await self._pair(iteration, rollouts, verdicts)
+        data = await self._training_data(rollouts, judged, verdicts)
         outcomes = self._steer(rollouts, judged)
         self._account(iteration, judged, verdicts)
         return Prepared(
@@ -282,7 +283,7 @@ class Driver:
             rollouts=rollouts,
             judged=judged,
             verdicts=verdicts,
-            pairs=pairs,
+            data=data,
             outcomes=outcomes,
             clock=clock,
             state=self._head.copy(),
@@ -359,6 +360,21 @@ class Driver:
             await self._journal.add("verdicts", verdicts, iteration=iteration)
         return verdicts
 
+    async def _training_data(
+        self, rollouts: Rollouts, judged: Sequence[Judged], verdicts: Sequence[Verdict]
+    ) -> TrainingData:
+        """Return what the loss is to be given: preference pairs, or the judged responses themselves."""
+        if self._material == "pairs":
+            return of_pairs(await self._pair(rollouts.iteration, rollouts, verdicts), rollouts.place)
+        make = of_samples if self._material == "samples" else of_accepted
+        return make(
+            judged,
+            verdicts,
+            version=rollouts.iteration - 1,
+            max_age=self._config.loop.max_policy_age,
+            spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
+        )
+
     async def _pair(self, iteration: int, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> Pairs:
         """Return the preference pairs of the verdicts, stored before they are trained on."""
         pairs = build_pairs(
@@ -380,23 +396,22 @@ class Driver:
         return pairs
 
     async def _update(self, prepared: Prepared) -> UpdateReport | None:
-        """Train the learner on the pairs, as an Arrow table; None when there are none."""
-        pairs = prepared.pairs.pairs
-        if not pairs:
-            logger.warning("iteration %d: no pairs, nothing to train on", prepared.iteration)
+        """Train the learner on the iteration's data, an Arrow table; None when there is none."""
+        data = prepared.data
+        if not data.row_ids:
+            logger.warning("iteration %d: nothing to train on: all was dropped", prepared.iteration)
             return None
         with prepared.clock.stage("update"):
-            table = to_table(pairs, PreferencePair)
             plan = TrainingPlan.of(
-                [pair.pair_id for pair in pairs],
-                keys=[prepared.rollouts.place(pair) for pair in pairs],
+                data.row_ids,
+                keys=data.places,
                 batch_size=self._config.batch_size,
                 epochs=self._config.loop.epochs,
                 seed=self._seed * 1_000 + prepared.iteration,
             )
             async with self._roles.turns.learner():
                 report = await self._roles.learner_group.update(
-                    table,
+                    data.table,
                     loss=self._config.loss,
                     loss_config=self._config.loss_config,
                     plan=plan,
@@ -437,7 +452,7 @@ class Driver:
 
     async def _evaluate(self, prepared: Prepared, update: UpdateReport | None, sync: SyncReport) -> IterationMetrics:
         """Return what the iteration measured; truth is asked here, for the report alone, and nothing is steered."""
-        iteration, rollouts, pairs = prepared.iteration, prepared.rollouts, prepared.pairs
+        iteration, rollouts, data = prepared.iteration, prepared.rollouts, prepared.data
         with prepared.clock.stage("evaluate"):
             critic_alone = [item.critic_verdict for item in prepared.judged]
             live = live_sample(
@@ -466,10 +481,10 @@ class Driver:
             critic_agreement=agreement_of(live),
             experts_asked=sum(verdict.escalated for verdict in prepared.verdicts),
             num_verdicts=sum(verdict.label is not None for verdict in critic_alone),
-            pairs_trained=len(pairs.pairs),
-            pairs_dropped=dict(pairs.dropped),
+            pairs_trained=len(data.row_ids),
+            pairs_dropped=dict(data.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
-            sample_ages=dict(rollouts.ages(pairs.pairs, version=iteration - 1)),
+            sample_ages=dict(rollouts.ages(data.response_ids, version=iteration - 1)),
             lost=dict(rollouts.lost),
             cells=cell_counts(prepared.outcomes, self._domain.cells()),
             seconds=prepared.clock.seconds(),

@@ -9,7 +9,7 @@ training"). Of a pair, whose two responses were sampled apart, it is the product
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from cluster.config import Config
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from torch import Tensor
 
     Floats = npt.NDArray[np.float64]
 
@@ -52,3 +53,37 @@ def correction(log_ratios: Floats, *, stale: npt.NDArray[np.bool_], config: Impo
     )
     applies = stale if config.applies_to == "stale" else np.ones_like(stale)
     return np.where(applies & (config.kind != "none"), bounded, 1.0)
+
+
+Correction: TypeAlias = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+"""How a policy loss is reweighed. By token: each token by its own ratio; by sequence: all tokens of a response by the
+ratio of the whole. truncate: min(ratio, cap); mask: 0 where the ratio is outside [floor, cap]."""
+
+
+def token_factors(
+    log_ratios: Tensor, mask: Tensor, *, kind: Correction, cap: float | None, floor: float = 0.0
+) -> Tensor:
+    """Return (B, T) detached factors of a policy loss (L-TIS); equal log-probs give exactly 1.
+
+    By sequence and without bounds the expectation of the reweighed loss is that under the training engine's weights;
+    by token it is that of each token, as if what came before it had been sampled from them.
+
+    Args:
+        log_ratios: (B, T) training engine's log-probs at the update's start minus the rollout engine's.
+        mask: (B, T) bool: the sampled tokens.
+        kind: by token or by sequence, truncated or masked.
+        cap: greatest ratio; None: unbounded.
+        floor: least ratio, for masks.
+    """
+    import torch
+
+    logs = torch.where(mask, log_ratios, 0.0).detach()
+    if kind == "none":
+        return torch.ones_like(logs)
+    if kind in ("sequence-truncate", "sequence-mask"):
+        logs = logs.sum(dim=1, keepdim=True).expand_as(logs)
+    ratios = logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    greatest = torch.inf if cap is None else cap
+    if kind in ("token-truncate", "sequence-truncate"):
+        return ratios.clamp(max=greatest)
+    return torch.where((ratios > greatest) | (ratios < floor), 0.0, ratios)

@@ -23,6 +23,7 @@ from actors.records import (
     Verdict,
     from_table,
 )
+from trainers.preferences import age_of
 
 STAGES = {
     "proposals": (Proposal, "proposal_id"),
@@ -72,10 +73,9 @@ class Rollouts:
         chosen, rejected = self.responses[pair.chosen_id], self.responses[pair.rejected_id]
         return f"{self.queries[pair.query_id].sample_index}/{chosen.sample_index}/{rejected.sample_index}"
 
-    def ages(self, pairs: Sequence[PreferencePair], *, version: int) -> Counter[int]:
-        """Return how many samples of the pairs are how many policy versions behind the weights to be trained."""
-        samples = [response_id for pair in pairs for response_id in (pair.chosen_id, pair.rejected_id)]
-        return Counter(version - int(self.responses[i].policy_version.removeprefix("v")) for i in samples)
+    def ages(self, response_ids: Sequence[str], *, version: int) -> Counter[int]:
+        """Return how many samples are how many policy versions behind the weights to be trained."""
+        return Counter(age_of(self.responses[response_id], version=version) for response_id in response_ids)
 
     def judged(self) -> list[Judged]:
         """Return every response with its critiques, in the order in which queries and responses were sampled."""

@@ -32,6 +32,8 @@ DRIVER_BYTES = 460 * MIB
 """The driver's own process; 444 to 459 MiB were measured."""
 RAY_BYTES = 350 * MIB
 """Ray's own processes of a local cluster of two cores; 340 MiB were measured."""
+SERVE_BYTES = 910 * MIB
+"""Ray Serve's controller and proxy, the endpoint's gateway and its publisher; 906 MiB were measured."""
 GPU_OVERHEAD_BYTES = 2 * GIB
 """CUDA context, kernels and activations of an engine on a GPU; not measured: vLLM measures its own at the start."""
 BUCKET_ELEMENTS = 50_000_000

@@ -32,6 +32,7 @@ from trainers.memory_estimate import (
     MIB,
     RANK_PROCESS_BYTES,
     RAY_BYTES,
+    SERVE_BYTES,
     ModelShape,
     bootstrap_shape,
     checkpoint_bytes,
@@ -45,6 +46,8 @@ from trainers.memory_estimate import (
 )
 from trainers.run_config import BOOTSTRAP, RunConfig, tenants
 
+ENDPOINT = "endpoint"
+"""What a plan calls the learner's replicas that serve clients."""
 WEIGHT_VERSIONS_IN_STORE = 2
 """The version that replicas hold, for one that restarts, and the next one."""
 REPORT_BYTES = 10 * MIB
@@ -73,6 +76,8 @@ class RolePlan:
     """Bytes of host memory of one, by purpose."""
     gpu_memory: Mapping[str, int]
     """Bytes of one GPU's memory that one takes, by purpose; empty on a CPU."""
+    node_labels: tuple[str, ...] = ()
+    """"label=value" of the nodes that it may be on."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -193,6 +198,7 @@ def plan_run(config: RunConfig, *, machine: Machine | None) -> Plan:
         shared_memory={
             **({"object store": int(config.ray.object_store_gb * GIB), "Ray": RAY_BYTES} if local else {}),
             "driver": DRIVER_BYTES,
+            **({"Ray Serve": SERVE_BYTES} if config.serve.enabled else {}),
         },
         work=work,
         files=files,
@@ -299,6 +305,11 @@ def _roles(
     for role, section in (("attacker", config.attacker), ("rollouts", config.rollouts), ("critic", config.critic)):
         plan = _engine_plan(role, section.engine, count=section.replicas, shape=shapes[role], gpu_bytes=smallest)
         yield _in_turn(plan, section.engine, shape=shapes[role]) if role in config.placement.colocate else plan
+    if config.serve.enabled:
+        engine, count = config.rollouts.engine, config.serve.min_replicas
+        served = _engine_plan(ENDPOINT, engine, count=count, shape=shapes["rollouts"], gpu_bytes=smallest)
+        grows = f"up to {config.serve.most_replicas}, and " if config.serve.most_replicas > count else ""
+        yield replace(served, notes=(*served.notes, f"{grows}one more while a pinned version is asked for"))
     shape, training = shapes["learner"], config.learner.training
     tensors = training_memory(shape, training)
     on_gpu = training.gpus_per_rank > 0
@@ -316,6 +327,7 @@ def _roles(
         threads=training.threads_per_rank,
         memory={**host, **aside, "copy": shape.num_parameters * BYTES[training.dtype], "process": RANK_PROCESS_BYTES},
         gpu_memory=tensors if on_gpu else {},
+        node_labels=training.node_labels,
         notes=(
             f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}",
             f"new weights go by {transfer.backend} ({transfer.reason})",
@@ -338,6 +350,7 @@ def _in_turn(plan: RolePlan, engine: EngineConfig, *, shape: ModelShape) -> Role
         plan,
         cpus=0.001,  # the learner's bundles have room for it; what counts shares of CPUs wants one
         gpus=(),
+        node_labels=(),  # it is where the learner is
         memory={**plan.memory, "asleep": asleep},
         notes=(*plan.notes, f"on the learner's GPUs, {engine.tensor_parallel_size} each, asleep while it trains"),
     )
@@ -362,6 +375,7 @@ def _engine_plan(role: str, engine: EngineConfig, *, count: int, shape: ModelSha
         threads=engine.threads,
         memory=memory,
         gpu_memory=on_each,
+        node_labels=engine.node_labels,
         notes=(f"KV cache of {tokens:,} tokens: {tokens // max(context, 1):,} sequences of {context:,}",),
     )
 

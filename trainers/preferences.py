@@ -65,7 +65,7 @@ def build_pairs(
     by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
     dropped: Counter[str] = Counter()
     for verdict in verdicts:
-        if _age(responses[verdict.response_id], version=version) > max_age:
+        if age_of(responses[verdict.response_id], version=version) > max_age:
             dropped["stale"] += 1
         elif verdict.label is None:
             dropped["unjudged"] += 1
@@ -151,12 +151,12 @@ def _pair(
         chosen_id=good.response_id,
         rejected_id=bad.response_id,
         iteration=query.iteration,
-        age=max(_age(good, version=version), _age(bad, version=version)),
+        age=max(age_of(good, version=version), age_of(bad, version=version)),
         chosen_logprobs=good.logprobs,
         rejected_logprobs=bad.logprobs[:cut],
     )
 
 
-def _age(response: Response, *, version: int) -> int:
-    """Return how many versions a response's weights are behind; they are named v0, v1, …"""
+def age_of(response: Response, *, version: int) -> int:
+    """Return how many versions a response's weights are behind those to be trained; they are named v0, v1, …"""
     return version - int(response.policy_version.removeprefix("v"))

@@ -26,6 +26,7 @@ from cluster.config import (
     layered,
     located,
     plugin_config,
+    plugin_names,
     plugin_settings,
     read_settings,
     shown,
@@ -38,9 +39,13 @@ from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
+from trainers.losses import load_loss
+from trainers.policy_gradient import PolicyConfig
 from trainers.preferences import PreferenceConfig
+from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
 from trainers.training_config import TrainingConfig
+from trainers.training_data import material_of
 
 if TYPE_CHECKING:
     from cluster.config import PluginConfig
@@ -157,6 +162,8 @@ class RunConfig(Config):
     """Sizes of the evaluation sets."""
     tracking: TrackingConfig = TrackingConfig()
     """Where the rows of metrics.jsonl go besides."""
+    serve: ServingConfig = ServingConfig()
+    """The learner behind an OpenAI endpoint, while the run goes on."""
     ray: RayConfig = RayConfig()
     """The cluster."""
 
@@ -167,7 +174,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
-        checks = (_contexts, _models, _divisions, _exclusions, _ages, _gpus)
+        checks = (_contexts, _models, _divisions, _exclusions, _ages, _gpus, _learning)
         problems = [line for check in checks for line in check(self)]
         if problems:
             raise ValueError("\n".join(problems))
@@ -326,6 +333,30 @@ def _ages(config: RunConfig) -> Iterator[str]:
             f"rollouts.sampling.temperature: got {temperature:g} with loop.max_policy_age = "
             f"{config.loop.max_policy_age}, wanted 1: older samples are weighed by their log-probs, which are then not "
             'those of the learner; or set loop.importance.kind = "none"'
+        )
+
+
+def _learning(config: RunConfig) -> Iterator[str]:
+    """Yield where the loss takes what no iteration makes, or what the learner or the sampling does not give it."""
+    kind: str = config.loss.kind
+    if material_of(kind) is None:
+        able = [name for name in plugin_names("trainers.losses") if material_of(name) is not None]
+        yield (
+            f'loss.kind: got "{kind}", wanted one of {", ".join(able)}: {kind} takes a '
+            f"{load_loss(kind).batch.__name__}, which no iteration makes"
+        )
+    if not isinstance(config.loss, PolicyConfig):
+        return
+    if config.loss.needs_values and not config.learner.training.value_head:
+        yield (
+            f'loss.kind: got "{kind}" with learner.training.value_head = false, wanted true: it learns what a response '
+            "will score; or use grpo, rloo, reinforce_pp"
+        )
+    temperature = config.rollouts.sampling.temperature
+    if config.loss.temperature != temperature:
+        yield (
+            f"loss.temperature: got {config.loss.temperature:g}, wanted rollouts.sampling.temperature = "
+            f"{temperature:g}: log-probs are taken at that of the sampling"
         )
 
 

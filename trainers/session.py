@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -77,7 +77,26 @@ NUM_PROBE_SEQUENCES = 16
 """Sequences of the parity probe, drawn from the domain's probe problems."""
 
 
-def run(config: RunConfig, *, progress: Progress, stop: StopSignal, config_toml: str | None = None) -> Summary:
+class Companion(Protocol):
+    """Something that lives on the run's Ray beside the loop, such as the endpoint. The run does not depend on it."""
+
+    def start(self) -> None:
+        """Begin, and return at once."""
+        ...
+
+    def stop(self) -> None:
+        """End, and return when nothing of it is left."""
+        ...
+
+
+def run(
+    config: RunConfig,
+    *,
+    progress: Progress,
+    stop: StopSignal,
+    config_toml: str | None = None,
+    companion: Companion | None = None,
+) -> Summary:
     """Run a config from its beginning to its summary.
 
     Raises:
@@ -91,17 +110,17 @@ def run(config: RunConfig, *, progress: Progress, stop: StopSignal, config_toml:
         config_toml=config_toml,
         models=model_record(config),
     )
-    return _sit(config, store=store, progress=progress, stop=stop)
+    return _sit(config, store=store, progress=progress, stop=stop, companion=companion)
 
 
-def resume(config: RunConfig, *, progress: Progress, stop: StopSignal) -> Summary:
+def resume(config: RunConfig, *, progress: Progress, stop: StopSignal, companion: Companion | None = None) -> Summary:
     """Go on with a run from its last commit and what its journal holds of the open iteration.
 
     Raises:
         ValueError: there is no such run, or it is active elsewhere.
         Stopped: the user asked for a stop; the last commit stands.
     """
-    return _sit(config, store=RunStore.open(config.run_dir), progress=progress, stop=stop)
+    return _sit(config, store=RunStore.open(config.run_dir), progress=progress, stop=stop, companion=companion)
 
 
 def _name_accelerator() -> None:
@@ -110,10 +129,12 @@ def _name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _sit(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
+def _sit(
+    config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal, companion: Companion | None
+) -> Summary:
     _name_accelerator()
     with store:
-        return asyncio.run(_run(config, store=store, progress=progress, stop=stop))
+        return asyncio.run(_run(config, store=store, progress=progress, stop=stop, companion=companion))
 
 
 class Recorded:
@@ -138,7 +159,9 @@ class Recorded:
         self._inner.note(text)
 
 
-async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal) -> Summary:
+async def _run(
+    config: RunConfig, *, store: RunStore, progress: Progress, stop: StopSignal, companion: Companion | None
+) -> Summary:
     wall = WallClock()
     domain, checker = load_domain(config.domain.kind, config.domain)
     gold = GoldLedger(checker, regime=config.supervision.regime)
@@ -156,6 +179,9 @@ async def _run(config: RunConfig, *, store: RunStore, progress: Progress, stop: 
         wall.bootstrapped(0.0 if base is None else base.seconds)
         starting = _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
         roles = await _unless_stopped(starting, stop=stop)
+        if companion is not None:
+            stack.push_async_callback(asyncio.to_thread, companion.stop)
+            companion.start()
         commit = store.last_commit()
         before = [] if commit is None else [m for m in read_metrics(store.path) if m.iteration <= commit.iteration]
         tracked = TrackedRun(

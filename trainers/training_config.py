@@ -26,6 +26,8 @@ class TrainingConfig(Config):
     """Greatest number of tokens, padding included, in one forward pass of one rank; a longer row goes alone."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest; zero_stage 0."""
+    value_head: bool = False
+    """The policy learns also what its responses will score, with a head on its last hidden state; for ppo and relc."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Greatest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)

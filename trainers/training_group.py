@@ -273,7 +273,8 @@ class TrainingGroup:
         """Train on the rows of a table as planned; each rank reads the table from the object store.
 
         Args:
-            table: `PreferencePair` rows for a pair loss; `prompt_token_ids` and `response_token_ids` for a token loss.
+            table: `PreferencePair` rows for a pair loss; `prompt_token_ids` and `response_token_ids` for a token loss;
+                scored responses for a policy-gradient loss (`trainers.batches.sample_rows`).
             loss: a file of trainers/losses.
             loss_config: that loss's settings.
             plan: which rows make which step.

@@ -1,9 +1,14 @@
 """Owns what a loss provides and takes: one file per loss, a pure function of a batch of log-probs, no I/O.
 
-Shapes: B rows of this micro-batch, T positions. Log-probs in nats. A loss and each of its metrics are this batch's
-**share of the global mean**: sums over its rows divided by denominators of the whole optimizer step, which the batch
-carries. Shares of all micro-batches and ranks therefore add up to the same loss and gradient, however the step was cut
-(METHODS G1). Without denominators the batch is taken as the whole step.
+Shapes: B rows of this micro-batch, N rows of its whole step, T positions, P groups of K candidates, C classes.
+Log-probs in nats. A loss and each of its metrics are this batch's **share of the global mean**: sums over its rows
+divided by denominators of the whole optimizer step, which the batch carries. Shares of all micro-batches and ranks
+therefore add up to the same loss and gradient, however the step was cut (METHODS G1). Without denominators the batch is
+taken as the whole step.
+
+Some losses need a figure of the whole step that no table holds, for it hangs on the weights: a quantile, a sum of
+weights that are probabilities. Such a loss is a `TwoPassLoss`: before the step's real pass the rank asks it, without
+gradient, for a few figures of each row, and hands those of all rows back in every batch, as `step_figures`.
 
 A loss imports torch inside its function: each `Config` is imported to read any config, and torch would take seconds.
 """
@@ -12,12 +17,16 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 from cluster.config import Config, load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Reduction: TypeAlias = Literal["tok-mean", "seq-mean", "seq-sum", "const"]
+"""How (B, T) values become one number, each a weighted mean over the **global** batch. tok-mean: over tokens; seq-mean:
+over rows, of each row's mean over its tokens; seq-sum: over rows, of each row's sum; const: seq-sum / max_tokens."""
 
 
 class LossOutput(NamedTuple):
@@ -46,13 +55,46 @@ class PairBatch:
     weights: Tensor | None = None
     """None: every pair weighs 1."""
     noise: Tensor | None = None
-    """Assumed probability that the preference is flipped."""
+    """Assumed probability that the preference is flipped, below 1/2; None: not known, the loss's own setting holds."""
     margins: Tensor | None = None
-    """P(good) of the chosen minus that of the rejected."""
+    """P(good) of the chosen minus that of the rejected; for modpo also (B, M), one column for each other objective."""
     global_weight: float | None = None
     """Sum of the weights over the global batch."""
     global_chosen_tokens: float | None = None
     """Sum of weight x chosen length over the global batch."""
+
+    def logratios(self, *, length_norm: bool = False) -> tuple[Tensor, Tensor]:
+        """Return (B,) h = log pi - log ref of chosen and of rejected; with `length_norm` per response token."""
+        chosen = self.policy_chosen - self.reference_chosen.detach()
+        rejected = self.policy_rejected - self.reference_rejected.detach()
+        if not length_norm:
+            return chosen, rejected
+        return chosen / self.chosen_lengths.clamp(min=1.0), rejected / self.rejected_lengths.clamp(min=1.0)
+
+    def output(self, losses: Tensor, *, rewards: Tensor, nll_weight: float) -> LossOutput:
+        """Return the mean of the pairs' losses plus the chosen responses' NLL, and what every pair loss reports.
+
+        Args:
+            losses: (B,) with gradient.
+            rewards: (B,) implicit reward of the chosen minus that of the rejected; right where above 0.
+            nll_weight: of the negative log-likelihood per chosen token, summed over the global batch and divided by its
+                tokens, so that the weight means the same for short and for long responses.
+        """
+        import torch
+
+        preference, nll = self.mean(losses), self.chosen_token_mean(-self.policy_chosen)
+        with torch.no_grad():
+            told = {
+                "chosen_logratio": self.policy_chosen - self.reference_chosen,
+                "rejected_logratio": self.policy_rejected - self.reference_rejected,
+                "reward_margin": rewards,
+                "reward_accuracy": (rewards > 0).to(rewards.dtype),
+            }
+            # One sum for all of them: a small model's step is short enough for four to be felt.
+            shares = _share(torch.stack(list(told.values())), weights=self.live_weights(), total=self.global_weight)
+        metrics = {"preference_loss": preference.detach(), "chosen_nll": nll.detach()}
+        metrics |= dict(zip(told, shares, strict=True))
+        return LossOutput(preference + nll_weight * nll, metrics)
 
     def live_weights(self) -> Tensor:
         """Return (B,) weights; 0 for a row without any response token (G5)."""
@@ -61,9 +103,7 @@ class PairBatch:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the share of the weighted mean over pairs: sum(w * values) / global sum(w)."""
-        weights = self.live_weights()
-        total = float(weights.sum()) if self.global_weight is None else self.global_weight
-        return (weights * values).sum() / (total or 1.0)
+        return _share(values, weights=self.live_weights(), total=self.global_weight)
 
     def chosen_token_mean(self, values: Tensor) -> Tensor:
         """Return sum(w * values) / global sum(w * chosen length): `values` are sums over chosen tokens."""
@@ -87,6 +127,57 @@ class TokenBatch:
     """Sum of weight x masked tokens over the global batch."""
     global_rows: float | None = None
     """Sum of the weights of rows with a masked token over the global batch."""
+    flagged: Tensor | None = None
+    """(B, T) bool or None: tokens within a span that a critique has found fault with."""
+    global_flagged_tokens: float | None = None
+    """Sum of weight x masked and flagged tokens over the global batch."""
+    step_figures: Tensor | None = None
+    """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
+    old_logprobs: Tensor | None = None
+    """(B, T) detached, as are the rest but `values`: those of the weights at the update's start."""
+    rollout_logprobs: Tensor | None = None
+    """(B, T) or None: those of the engine that sampled; None where it does not say."""
+    reference_logprobs: Tensor | None = None
+    """(B, T)"""
+    advantages: Tensor | None = None
+    """(B, T)"""
+    returns: Tensor | None = None
+    """(B, T): what the value model is to learn."""
+    values: Tensor | None = None
+    """(B, T), with gradient: what the value model expects."""
+    old_values: Tensor | None = None
+    """(B, T): what it expected at the update's start."""
+
+    def inside(self, values: Tensor | None, *, name: str) -> Tensor:
+        """Return (B, T) values where the mask is true, 0 elsewhere, whatever stood there, were it NaN.
+
+        Raises:
+            ValueError: the batch has no such values.
+        """
+        import torch
+
+        if values is None:
+            raise ValueError(f"batch: got no {name}, wanted (B, T): this loss needs a table of scored samples")
+        return torch.where(self.mask, values, 0.0)
+
+    def reduce(self, values: Tensor, *, reduction: Reduction, max_tokens: int | None = None) -> Tensor:
+        """Return the share of a global mean of (B, T) values, of which those outside the mask are 0.
+
+        Args:
+            values: (B, T).
+            reduction: which mean (`Reduction`).
+            max_tokens: what "const" divides a row by: the greatest length of a response.
+        """
+        weighted = self.token_weights() * values
+        if reduction == "tok-mean":
+            return weighted.sum() / self.num_tokens()
+        if reduction == "seq-mean":
+            lengths = self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+            return (weighted / lengths).sum() / self.num_rows()
+        if reduction == "const":
+            assert max_tokens is not None, "whoever offers `const` asks for max_tokens"
+            return weighted.sum() / (self.num_rows() * max_tokens)
+        return weighted.sum() / self.num_rows()
 
     def token_weights(self) -> Tensor:
         """Return (B, T): the row's weight on masked tokens, 0 elsewhere."""
@@ -110,12 +201,138 @@ class TokenBatch:
         return float(rows) or 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedBatch:
+    """Responses that are each good or bad by themselves; only `policy` carries gradient."""
+
+    policy: Tensor
+    """(B,) log-prob of the response given its prompt, summed over its tokens; in the first pass, which looks at the
+    mismatched alone, whatever is at hand."""
+    reference: Tensor
+    """(B,)"""
+    desirable: Tensor
+    """(B,) bool: thumbs up."""
+    lengths: Tensor
+    """(B,) response tokens."""
+    mismatched_policy: Tensor | None = None
+    """(B,) log-prob of **another** row's response (by a cyclic shift of the step) given this row's prompt, no gradient;
+    None where the step's figures are known already."""
+    mismatched_reference: Tensor | None = None
+    """(B,)"""
+    weights: Tensor | None = None
+    """None: every row weighs 1."""
+    global_weight: float | None = None
+    """Sum of the weights over the global batch."""
+    step_figures: Tensor | None = None
+    """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
+
+    def live_weights(self) -> Tensor:
+        """Return (B,) weights; 0 for a row without any response token (G5)."""
+        live = (self.lengths > 0).to(self.policy.dtype)
+        return live if self.weights is None else live * self.weights
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the share of the weighted mean over rows."""
+        return _share(values, weights=self.live_weights(), total=self.global_weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupBatch:
+    """Several scored responses to each prompt; only `policy` carries gradient. A group is never split (G8)."""
+
+    policy: Tensor
+    """(P, K) log-probs summed over the response's tokens."""
+    reference: Tensor
+    """(P, K)"""
+    rewards: Tensor
+    """(P, K), finite."""
+    lengths: Tensor
+    """(P, K) response tokens; 0 fills up a group that has fewer candidates."""
+    weights: Tensor | None = None
+    """(P,) or None: every group weighs 1."""
+    global_weight: float | None = None
+    """Sum of the weights over the global batch."""
+
+    def live(self) -> Tensor:
+        """Return (P, K) bool: there is such a candidate."""
+        return self.lengths > 0
+
+    def live_weights(self) -> Tensor:
+        """Return (P,) weights; 0 for a group without candidates (G5)."""
+        live = self.live().any(dim=1).to(self.policy.dtype)
+        return live if self.weights is None else live * self.weights
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the share of the weighted mean over groups."""
+        return _share(values, weights=self.live_weights(), total=self.global_weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreBatch:
+    """A reward model's scores of preference pairs; both carry gradient."""
+
+    chosen: Tensor
+    """(B,) score of the chosen response."""
+    rejected: Tensor
+    """(B,)"""
+    margins: Tensor | None = None
+    """(B,) least wanted gap: 1, 2/3, 1/3, 0 for a strong to a negligible preference; None: 0."""
+    targets: Tensor | None = None
+    """(B,) probability that the chosen is the better one; None: 1."""
+    weights: Tensor | None = None
+    """(B,) or None: every pair weighs 1."""
+    global_weight: float | None = None
+    """Sum of the weights over the global batch."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the share of the weighted mean over pairs."""
+        import torch
+
+        weights = torch.ones_like(self.chosen) if self.weights is None else self.weights
+        return _share(values, weights=weights, total=self.global_weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelBatch:
+    """Items to be classified, with the labels that a weaker or noisy labeller gave; only `logits` carry gradient."""
+
+    logits: Tensor
+    """(B, C)"""
+    labels: Tensor
+    """(B, C) the labeller's probabilities; one-hot for hard labels."""
+    weights: Tensor | None = None
+    """(B,) or None: every item weighs 1."""
+    progress: float = 1.0
+    """Share of the training that is done, 0 to 1."""
+    global_weight: float | None = None
+    """Sum of the weights over the global batch."""
+    step_figures: Tensor | None = None
+    """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
+
+    def live_weights(self) -> Tensor:
+        """Return (B,) weights."""
+        return self.logits.new_ones(len(self.logits)) if self.weights is None else self.weights
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the share of the weighted mean over items."""
+        return _share(values, weights=self.live_weights(), total=self.global_weight)
+
+
+Batch: TypeAlias = PairBatch | TokenBatch | UnpairedBatch | GroupBatch | ScoreBatch | LabelBatch
+"""What a loss may take."""
+
+
+def _share(values: Tensor, *, weights: Tensor, total: float | None) -> Tensor:
+    """Return sum(w * values) over the last axis / the global sum(w), which is the batch's own where it is not known."""
+    return (weights * values).sum(dim=-1) / ((float(weights.sum()) if total is None else total) or 1.0)
+
+
 class Loss(Protocol):
     """What a file of this package provides."""
 
     Config: type[Config]
     """Its settings."""
-    batch: type[PairBatch] | type[TokenBatch]
+    batch: type[Batch]
     """The kind of batch it takes: from this the rank knows which columns to read and how to build it."""
     uses_reference: bool
     """Whether the batch must carry reference log-probs; they cost a forward pass over the data."""
@@ -123,6 +340,28 @@ class Loss(Protocol):
     def loss(self, batch: Any, config: Any) -> LossOutput:
         """Return the loss of a batch."""
         ...
+
+
+@runtime_checkable
+class TwoPassLoss(Loss, Protocol):
+    """A loss that must see the whole step before it can say what a part of it costs.
+
+    The rank calls `first_pass` under no_grad, with the weights that the step starts from, on each of its batches; puts
+    the rows of all ranks together in the plan's order (a row is 0 on all ranks but one, so that a sum over them is
+    exact); and sets `step_figures` of every batch of the real pass to that (N, F) tensor. All batches of a step must
+    get the same one, or their losses do not add up to the step's (G1). Without it a batch is taken as the whole step.
+    """
+
+    def first_pass(self, batch: Any, config: Any) -> Tensor:
+        """Return (B, F) figures of a batch's rows, detached; a row of weight 0 must change nothing."""
+        ...
+
+
+@runtime_checkable
+class SpanLoss(Loss, Protocol):
+    """A loss that looks at where in a response a critique found fault: `TokenBatch.flagged`, or segment rewards."""
+
+    reads_spans: bool
 
 
 def load_loss(name: str) -> Loss:

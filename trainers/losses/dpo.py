@@ -4,6 +4,9 @@ L = softplus(-beta * delta) + nll_weight * nll, where delta = h_w - h_l, h = log
 over the response. Ours differs in the optional second term: nll = -(sum of chosen log-probs) / (number of chosen
 tokens), both summed over the global batch, so that its weight means the same for short and for long responses; without
 it the likelihood of the chosen may fall while the margin grows.
+
+With `length_norm` h is divided by its response's length before the difference (Lambert et al. 2024, "Tulu 3", arXiv
+2411.15124, eq. 6): a long response no longer moves the margin by its length alone. beta is then larger, 5 there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ class Config(settings.Config):
     """Settings of DPO."""
 
     beta: float = Field(default=0.1, gt=0.0)
-    """Strength of the pull towards the reference; the implicit reward is beta * h."""
+    """Strength of the pull towards the reference; the implicit reward is beta * h. With length_norm 5 is usual."""
+    length_norm: bool = False
+    """Whether log-ratios are per response token."""
     nll_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the chosen responses' negative log-likelihood per token (nats); 0.1 to 1 are usual, 0 is plain DPO."""
 
@@ -33,17 +38,6 @@ def loss(batch: PairBatch, config: Config) -> LossOutput:
     """
     from torch.nn.functional import softplus
 
-    chosen = batch.policy_chosen - batch.reference_chosen.detach()
-    rejected = batch.policy_rejected - batch.reference_rejected.detach()
+    chosen, rejected = batch.logratios(length_norm=config.length_norm)
     rewards = config.beta * (chosen - rejected)
-    preference = batch.mean(softplus(-rewards))
-    nll = batch.chosen_token_mean(-batch.policy_chosen)
-    metrics = {
-        "preference_loss": preference,
-        "chosen_nll": nll,
-        "chosen_logratio": batch.mean(chosen),
-        "rejected_logratio": batch.mean(rejected),
-        "reward_margin": batch.mean(rewards),
-        "reward_accuracy": batch.mean((rewards > 0).to(rewards.dtype)),
-    }
-    return LossOutput(preference + config.nll_weight * nll, {name: value.detach() for name, value in metrics.items()})
+    return batch.output(softplus(-rewards), rewards=rewards, nll_weight=config.nll_weight)

@@ -1,0 +1,133 @@
+"""An iteration's records become the rows that a loss takes; what gives none is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actors.oversight import Judged
+from actors.records import Issue, Verdict
+from cluster.config import plugin_names
+from tests.small_records import make_judged, make_verdict
+from trainers.batches import pair_rows, sample_rows, token_rows
+from trainers.preferences import PreferenceConfig, build_pairs
+from trainers.training_data import TrainingData, material_of, of_accepted, of_pairs, of_samples, reads_spans
+
+FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
+
+
+def a_token_a_character(token_ids: Sequence[int], num_chars: int) -> int:
+    return min(num_chars, len(token_ids))
+
+
+def at(item: Judged, start: int, end: int) -> Judged:
+    """The response with a single critique, which points at some of its characters."""
+    quote = item.response.text[start:end]
+    issue = Issue(start=start, end=end, quote=quote, severity=2, category="step", explanation="", fix="")
+    return replace(item, critiques=(replace(item.critiques[0], issues=(issue,)),))
+
+
+def aged(item: Judged, version: str) -> Judged:
+    return replace(item, response=replace(item.response, policy_version=version))
+
+
+def test_every_loss_is_told_what_it_learns_from_or_that_no_iteration_makes_it() -> None:
+    found = {name: material_of(name) for name in plugin_names("trainers.losses")}
+    assert {name for name, material in found.items() if material == "samples"} == {
+        "ppo", "relc", "grpo", "rloo", "reinforce_pp",
+    }  # fmt: skip
+    assert {found[name] for name in ("dpo", "cdpo", "rdpo", "ipo", "exo", "rso", "kto")} == {"pairs"}
+    assert {found[name] for name in ("sft", "token_noise", "span_noise", "gce")} == {"accepted"}
+    assert {found[name] for name in ("bradley_terry", "pro", "exo_group", "weak_to_strong")} == {None}
+    assert [name for name in found if reads_spans(name)] == ["relc", "span_noise"]
+
+
+def test_samples_are_all_judged_responses_with_their_scores_copies_too() -> None:
+    judged = [make_judged(f"r{i}", 0.5, query_id="q0", text="same") for i in range(2)]
+    judged += [make_judged("r2", 0.5, query_id="q1", text="other"), make_judged("r3", query_id="q1")]
+    judged += [aged(make_judged("r4", 0.5, query_id="q1"), "v-1")]
+    scores = [0.9, 0.2, 1.0, None, 0.7]
+    verdicts = [make_verdict(f"r{i}", score, query_id=judged[i].query.query_id) for i, score in enumerate(scores)]
+    data = of_samples(judged, verdicts, **FRESH)
+    assert data.row_ids == data.response_ids == ("r0", "r1", "r2")
+    assert data.places == ("0/0", "0/1", "1/2")
+    assert data.dropped == {"unjudged": 1, "stale": 1}
+    rows = sample_rows(data.table)
+    assert rows.scores.tolist() == [0.9, 0.2, 1.0]
+    assert rows.groups.tolist() == [0, 0, 1]
+    assert rows.ended.all()
+    assert rows.segment_rewards is None
+    # Three prompt tokens, then "same" and its end.
+    assert rows.documents.token_ids[0].tolist() == [1, 2, 3, *map(ord, "same"), 0]
+    assert rows.rollout_logprobs is not None
+    assert rows.rollout_logprobs[0].tolist() == [0, 0, 0, -0.5, -0.5, -0.5, -0.5, -0.5, *[0] * 1]
+    older = of_samples(judged, verdicts, version=0, max_age=1, spans=None)
+    assert older.table.column("age").to_pylist() == [0, 0, 0, 1]
+
+
+def test_segments_that_a_critique_points_at_cost_their_last_token_a_point() -> None:
+    item = at(make_judged("r0", 0.1, text="2+2=5!"), 4, 5)
+    twice = replace(item, critiques=(*item.critiques, make_judged("r0", 0.9).critiques[0]))
+    for judged, cost in ((item, -1.0), (twice, -0.5)):
+        data = of_samples([judged], [make_verdict("r0", 0.1)], **{**FRESH, "spans": a_token_a_character})
+        assert data.table.column("segment_rewards").to_pylist() == [[0, 0, 0, 0, cost, 0, 0]]
+
+
+def test_accepted_are_the_responses_that_pass_each_text_once_for_a_query() -> None:
+    judged = [make_judged("r0", 0.9, text="a"), make_judged("r1", 0.9, text="a"), make_judged("r2", 0.1, text="b")]
+    judged += [make_judged("r3", 0.9, query_id="q1", text="a")]
+    verdicts = [
+        make_verdict(item.response.response_id, score, query_id=item.query.query_id)
+        for item, score in zip(judged, (0.9, 0.8, 0.1, 0.9), strict=True)
+    ]
+    data = of_accepted(judged, verdicts, **FRESH)
+    assert data.row_ids == ("r0", "r3")
+    assert data.dropped == {"duplicate": 1, "rejected": 1}
+    rows = token_rows(data.table)
+    assert rows.flags is None
+    assert rows.num_targets.tolist() == [2, 2]
+
+
+def test_with_spans_a_response_that_fails_at_a_quoted_flaw_is_learnt_up_to_it() -> None:
+    flawed = at(make_judged("r0", 0.1, text="2+2=55, so 56"), 4, 6)
+    unquoted = make_judged("r1", 0.1, text="2+2=6")
+    passing = make_judged("r2", 0.9, text="4")
+    verdicts = [make_verdict("r0", 0.1, flaw_end=6), make_verdict("r1", 0.1), make_verdict("r2", 0.9)]
+    data = of_accepted([flawed, unquoted, passing], verdicts, **{**FRESH, "spans": a_token_a_character})
+    assert data.row_ids == ("r0", "r2")
+    assert data.dropped == {"rejected": 1}
+    assert data.table.column("response_token_ids").to_pylist() == [[*map(ord, "2+2=55")], [ord("4"), 0]]
+    assert data.table.column("flagged").to_pylist() == [[False] * 4 + [True] * 2, [False] * 2]
+    rows = token_rows(data.table)
+    assert rows.flags is not None
+    assert rows.flags[0].tolist() == [False] * 7 + [True] * 2
+
+
+@pytest.mark.parametrize("make", [of_samples, of_accepted])
+def test_nothing_judged_is_no_data(make: Any) -> None:
+    data: TrainingData = make([make_judged("r0")], [make_verdict("r0", None)], **FRESH)
+    assert (data.row_ids, data.dropped) == ((), {"unjudged": 1})
+    assert data.table.num_rows == 0
+
+
+def test_pairs_stay_as_they_are() -> None:
+    judged = [make_judged("r0", 0.9, text="good"), make_judged("r1", 0.1, text="bad")]
+    verdicts: list[Verdict] = [make_verdict("r0", 0.9), make_verdict("r1", 0.1)]
+    pairs = build_pairs(
+        [judged[0].query],
+        {item.response.response_id: item.response for item in judged},
+        verdicts,
+        config=PreferenceConfig(),
+        run="test",
+        tokens_spanning=a_token_a_character,
+        version=0,
+        max_age=0,
+    )
+    data = of_pairs(pairs, lambda pair: f"{pair.chosen_id}/{pair.rejected_id}")
+    assert data.row_ids == (pairs.pairs[0].pair_id,)
+    assert data.places == ("r0/r1",)
+    assert data.response_ids == ("r0", "r1")
+    assert len(pair_rows(data.table).lengths) == 1

@@ -1,0 +1,262 @@
+"""Every offline loss on real DeepSpeed, by its name in a run's TOML: one rank or two train the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pytest
+import torch
+
+from cluster.config import plugin_names
+from cluster.weights import iter_tensors
+from tests.tiny_models import write_llama
+from trainers.logprobs import token_logprobs
+from trainers.losses import PairBatch, UnpairedBatch, gce, kto, load_loss, span_noise, token_noise
+from trainers.run_config import load_run_config
+from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup, TrainingPlan, UpdateReport
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+T = TypeVar("T")
+IDS = [f"p{i:02d}" for i in range(10)]
+PAIR_LOSSES = [name for name in plugin_names("trainers.losses") if load_loss(name).batch in (PairBatch, UnpairedBatch)]
+NOISE, MARGIN = 0.2, 0.3
+
+
+def settings(
+    num_ranks: int,
+    *,
+    micro_batch_tokens: int = 512,
+    learning_rate: float = 3e-5,
+    zero_stage: Literal[0, 1, 2, 3] = 0,
+) -> TrainingConfig:
+    return TrainingConfig(
+        num_ranks=num_ranks,
+        batch_size=5 * num_ranks,
+        micro_batch_tokens=micro_batch_tokens,
+        learning_rate=learning_rate,
+        epsilon=1e-5,  # under 1e-8 a gradient that is 0 but for rounding would still move weights
+        cpus_per_rank=0.01,
+        zero_stage=zero_stage,
+    )
+
+
+def pair_table() -> pa.Table:
+    generator = random.Random(0)
+
+    def ids(least: int, most: int) -> list[int]:
+        return [generator.randrange(6, 100) for _ in range(generator.randrange(least, most))]
+
+    return pa.table(
+        {
+            "pair_id": IDS,
+            "prompt_token_ids": [ids(3, 10) for _ in IDS],
+            "chosen_token_ids": [ids(2, 20) for _ in IDS],
+            "rejected_token_ids": [ids(2, 20) for _ in IDS],
+            "weight": [0.5 + generator.random() for _ in IDS],
+            "noise": [NOISE] * len(IDS),
+            "margin": [MARGIN] * len(IDS),
+        }
+    )
+
+
+class Loop:
+    """One event loop for all tests: a group's calls belong to the loop they were first made on."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(call, 300))
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return ModelSource(path=str(write_llama(Path(tmp_path_factory.mktemp("models")) / "llama", tied=True)))
+
+
+@pytest.fixture(scope="module")
+def groups(loop: Loop, source: ModelSource) -> Iterator[dict[int, TrainingGroup]]:
+    """One rank, and two."""
+    started = {num: TrainingGroup(config=settings(num), source=source, name=f"losses-{num}") for num in (1, 2)}
+    for group in started.values():
+        loop.run(group.start())
+    yield started
+    for group in started.values():
+        loop.run(group.shutdown())
+
+
+async def train(
+    group: TrainingGroup, *, source: ModelSource, config: TrainingConfig, name: str
+) -> tuple[UpdateReport, dict[str, torch.Tensor]]:
+    """Two epochs of two steps of five pairs from the source's weights, with the settings that a TOML gives."""
+    # A run's dpo has an NLL term unless it is told otherwise.
+    run = load_run_config([], flags=[("loss.kind", name)] + ([("loss.nll_weight", "0")] if name == "dpo" else []))
+    plan = TrainingPlan.of(IDS, batch_size=5, epochs=2, seed=0)
+    await group.reopen(config=config, source=source)
+    report = await group.update(pair_table(), loss=run.loss.kind, loss_config=run.loss, plan=plan)
+    manifest = await group.publish(version="v1")
+    return report, {name: tensor.clone() for name, tensor in iter_tensors(manifest)}
+
+
+# Where the policy is the reference every pair has the same loss: delta = 0.
+FIRST_LOSS = {
+    "dpo": math.log(2),
+    "cdpo": math.log(2),
+    "rdpo": math.log(2),
+    # softmax (1/2, 1/2) against (0.999, 0.001)
+    "exo": -math.log(2) - (math.log(0.999) + math.log(0.001)) / 2,
+    "ipo": 25.0,
+    "rso": 1.0,
+    "modpo": math.log1p(math.exp(MARGIN)),
+    "kto": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_loss_named_in_a_toml_trains_pairs_alike_on_one_rank_and_on_two(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
+) -> None:
+    report, weights = loop.run(train(groups[1], source=source, config=settings(1), name=name))
+    assert report.steps[0].loss == pytest.approx(FIRST_LOSS[name], abs=1e-5)
+    assert [step.applied for step in report.steps] == [True] * 4
+    # The second epoch's pairs have been learnt from; at a larger step IPO's square would overshoot its margin.
+    assert sum(step.loss for step in report.steps[2:]) < sum(step.loss for step in report.steps[:2])
+    two, same = loop.run(train(groups[2], source=source, config=settings(2, micro_batch_tokens=40), name=name))
+    assert max(float((weights[key] - same[key]).abs().max()) for key in weights) <= 1e-6
+    for one, other in zip(report.steps, two.steps, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
+        assert one.metrics == pytest.approx(other.metrics, abs=1e-4)
+
+
+def test_a_first_pass_is_a_collective_that_zero_3_can_follow(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    [plain, weights], [sharded, same] = (
+        loop.run(train(groups[2], source=source, config=config, name="kto"))
+        for config in (settings(2), settings(2, micro_batch_tokens=40, zero_stage=3))
+    )
+    assert [step.loss for step in sharded.steps] == pytest.approx([step.loss for step in plain.steps], abs=1e-5)
+    assert max(float((weights[key] - same[key]).abs().max()) for key in weights) <= 1e-6
+
+
+def test_a_pairs_own_noise_reaches_the_loss(loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource) -> None:
+    # Both start at log 2; cdpo's gradient there is 1 - 2 * 0.2 = 0.6 of dpo's, and with the config's 0.1 it were 0.8.
+    [plain, _], [smoothed, _] = (
+        loop.run(train(groups[1], source=source, config=settings(1), name=name)) for name in ("dpo", "cdpo")
+    )
+    assert smoothed.steps[0].grad_norm / plain.steps[0].grad_norm == pytest.approx(0.6, rel=1e-4)
+
+
+def test_kto_measures_its_reference_point_on_other_rows_responses(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    """The second step's z0 by hand: its weights are published after the first, and nothing else is known of them."""
+    from transformers import AutoModelForCausalLM
+
+    # All pairs in each step, and the good weigh far more: responses become likelier whatever they answer, so that the
+    # second step's z0 is not cut off at 0.
+    config = kto.Config(desirable_weight=20.0, undesirable_weight=0.05)
+    plan = TrainingPlan.of(IDS, batch_size=10, epochs=2, seed=0)
+    table = pair_table()
+
+    async def call() -> tuple[UpdateReport, dict[str, torch.Tensor]]:
+        training = settings(2, micro_batch_tokens=40, learning_rate=1e-3)
+        await groups[2].reopen(config=training, source=source)
+        one = TrainingPlan(row_ids=plan.row_ids, steps=plan.steps[:1])
+        await groups[2].update(table, loss="kto", loss_config=config, plan=one)
+        manifest = await groups[2].publish(version="v1")
+        weights = {name: tensor.clone() for name, tensor in iter_tensors(manifest)}
+        await groups[2].reopen(config=training, source=source)
+        return await groups[2].update(table, loss="kto", loss_config=config, plan=plan), weights
+
+    report, weights = loop.run(call())
+    models = {}
+    for which in ("reference", "policy"):
+        models[which] = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    models["policy"].load_state_dict(weights, strict=False)
+    rows = plan.steps[1].rows
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    total = 0.0
+    for row, other in zip(rows, (*rows[1:], rows[0]), strict=True):
+        for side in ("chosen", "rejected"):
+            prompt = columns["prompt_token_ids"][row]
+            ids = torch.tensor([prompt + columns[f"{side}_token_ids"][other]])
+            policy, reference = (
+                token_logprobs(models[which](input_ids=ids).logits, ids)[0, len(prompt) :].sum().item()
+                for which in ("policy", "reference")
+            )
+            total += columns["weight"][row] * (policy - reference)
+    mean = total / (2 * sum(columns["weight"][row] for row in rows))
+    assert mean > 0.1
+    assert report.steps[1].metrics["reference_point"] == pytest.approx(max(0.0, mean), abs=1e-4)
+    assert report.steps[0].metrics["reference_point"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gce", "token_noise", "span_noise"])
+def test_a_noise_robust_loss_starts_at_what_the_whole_batch_comes_to_by_hand(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    generator = random.Random(5)
+    prompts = [[generator.randrange(6, 100) for _ in range(3)] for _ in range(6)]
+    responses = [[generator.randrange(6, 100) for _ in range(n)] for n in (2, 30, 4, 9, 17, 3)]
+    flagged = [[generator.random() < 0.3 for _ in response] for response in responses]
+    columns = {"prompt_token_ids": prompts, "response_token_ids": responses, "flagged": flagged}
+    plan = TrainingPlan.of([str(i) for i in range(6)], batch_size=6, epochs=1, seed=0)
+    # Few tokens of an untrained model of about 100 have a probability above 0.0095.
+    config = {
+        "gce": gce.Config(q=0.7),
+        "token_noise": token_noise.Config(min_probability=0.0095),
+        "span_noise": span_noise.Config(unlikelihood=0.5),
+    }[name]
+
+    async def call() -> UpdateReport:
+        await groups[2].reopen(config=settings(2, micro_batch_tokens=32), source=source)
+        return await groups[2].update(pa.table(columns), loss=name, loss_config=config, plan=plan)
+
+    report = loop.run(call())
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    losses = []
+    for prompt, response, flags in zip(prompts, responses, flagged, strict=True):
+        ids = torch.tensor([prompt + response])
+        for logprob, flag in zip(token_logprobs(model(input_ids=ids).logits, ids)[0, 3:].tolist(), flags, strict=True):
+            probability = math.exp(logprob)
+            if name == "gce":
+                losses.append((1 - probability**0.7) / 0.7)
+            elif name == "span_noise":
+                losses.append(-0.5 * math.log(1 - probability) if flag else -logprob)
+            elif probability > 0.0095:
+                losses.append(-logprob)
+    assert 5 < len(losses) <= 65
+    assert report.steps[0].loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_a_loss_of_what_no_table_holds_is_refused(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    plan = TrainingPlan.of(IDS, batch_size=5, epochs=1, seed=0)
+
+    async def call() -> None:
+        await groups[1].reopen(config=settings(1), source=source)
+        await groups[1].update(pair_table(), loss="pro", loss_config=load_loss("pro").Config(), plan=plan)
+
+    with pytest.raises(ValueError, match='got loss "pro", which takes a GroupBatch'):
+        loop.run(call())
