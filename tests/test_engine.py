@@ -23,7 +23,7 @@ from actors.records import Message
 from cluster.placement import release
 from cluster.pool import EngineStats, Replica, ReplicaInfo
 from cluster.ray_runtime import mapped_shm, shm_files, worker_stderr
-from cluster.weights import Bucket, WeightAnswer, WeightManifest, put_weights
+from cluster.weights import WeightAnswer, WeightManifest, put_weights
 from tests.test_engine_requests import make_fake_engine
 from tests.tiny_models import char_tokenizer, perturb, write_gpt2, write_llama, write_qwen2
 
@@ -268,9 +268,7 @@ def test_a_corrupted_bucket_is_refused_and_the_old_weights_stay(engine: Engine) 
     manifest = put_weights(engine.model.named_parameters(), version="rotten", bucket_bytes=40_000)
     parts = [np.array(part) for part in ray.get(manifest.buckets[3].ref)]
     parts[0][100] ^= 1
-    rotten = Bucket(
-        ref=ray.put(parts), size_bytes=sum(part.size for part in parts), checksum=manifest.buckets[3].checksum
-    )
+    rotten = replace(manifest.buckets[3], ref=ray.put(parts), node_id="another")
     with pytest.raises(RayTaskError, match="bucket 3 of"):
         run(engine.apply(replace(manifest, buckets=(*manifest.buckets[:3], rotten, *manifest.buckets[4:]))))
     [done] = run(engine.generate(ask("3+3")))

@@ -40,10 +40,10 @@ def published(version: str, *, total: float = 3.0) -> tuple[WeightManifest, Pari
 
 
 def corrupted(manifest: WeightManifest) -> WeightManifest:
-    """The same manifest with one bit of its first bucket flipped."""
+    """The same manifest with one bit of its first bucket flipped on its way from another node."""
     parts = [part.copy() for part in ray.get(manifest.buckets[0].ref)]
     parts[0][0] ^= 1
-    bucket = replace(manifest.buckets[0], ref=ray.put(parts))
+    bucket = replace(manifest.buckets[0], ref=ray.put(parts), node_id="another")
     return replace(manifest, buckets=(bucket, *manifest.buckets[1:]))
 
 
@@ -142,7 +142,7 @@ def test_what_is_exchanged_between_two_tensors_is_noticed() -> None:
     named = [("a", torch.arange(128.0)), ("b", torch.arange(128.0) + 1.0)]
     manifest = put_weights(named, version="v1")
     swapped = ray.put(ray.get(manifest.buckets[0].ref)[::-1])
-    manifest = replace(manifest, buckets=(replace(manifest.buckets[0], ref=swapped),))
+    manifest = replace(manifest, buckets=(replace(manifest.buckets[0], ref=swapped, node_id="another"),))
     with pytest.raises(CorruptBucket, match="has checksum"):
         list(iter_tensors(manifest))
 
@@ -157,6 +157,15 @@ def test_a_flipped_bit_is_a_corrupt_bucket_that_names_the_bucket() -> None:
     manifest = corrupted(published("v7")[0])
     with pytest.raises(CorruptBucket, match="v7: bucket 0 of 1 has checksum"):
         list(iter_tensors(manifest))
+
+
+def test_on_the_node_where_it_was_put_a_bucket_is_taken_as_it_lies() -> None:
+    manifest = put_weights([("w", torch.arange(128.0))], version="v1")
+    here = manifest.buckets[0].node_id
+    assert here == ray.get_runtime_context().get_node_id()
+    moved = corrupted(manifest)
+    taken = replace(moved, buckets=(replace(moved.buckets[0], node_id=here),))
+    assert len(list(iter_tensors(taken))) == 1
 
 
 def test_a_spec_beyond_its_bucket_is_corrupt() -> None:
