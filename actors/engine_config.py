@@ -51,7 +51,7 @@ class EngineConfig(Config):
     """Replica i samples its unseeded requests with seed base_seed + i."""
     weight_version: str = "v0"
     """What the weights of the model directory are called until the first sync."""
-    coalesce_ms: float = Field(default=20.0, ge=0)
+    coalesce_ms: float = Field(default=50.0, ge=0)
     """Samples that finish within this many milliseconds travel to the caller together."""
 
     @field_validator("node_labels")
