@@ -41,7 +41,7 @@ from trainers.run_config import RunConfig
 from trainers.training_group import StepReport, TrainingPlan, UpdateReport
 
 CHUNK = 16
-"""Samples that a replica hands over together; the demo's engines hand over about as many every 20 ms."""
+"""Samples that a replica hands over together; the demo's engines hand over some dozens every 50 ms."""
 PROBE = ((1, 2, 3, 4), (5, 6))
 SKILL = (-0.5,)
 """Of the fake learner: a little under half of the problems that carry are right."""
