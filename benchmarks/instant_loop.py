@@ -165,25 +165,45 @@ def instant_pool(
     *,
     sleep_s: float = 0.0,
     num_replicas: int = 1,
-    max_samples_per_replica: int = 2048,
+    max_batch: int | None = None,
 ) -> Pool[GenerationRequest, Completion]:
-    """Return a pool of replicas that answer at once, or after a sleep where they are to sample."""
+    """Return a pool of replicas that answer at once, or after a sleep where they are to sample.
+
+    Args:
+        sleep_s: of each call.
+        max_batch: requests of one call, which a replica then sleeps over one after the other, as an engine whose batch
+            is full; the next one waits there, as with an engine too. None: all calls sleep side by side.
+    """
 
     def start(replica_id: int) -> Replica:
         actor = ray.remote(InstantReplica).options(num_cpus=0.01, max_concurrency=1000)
-        return Replica(actor=actor.remote(replica_id, speak, sleep_s))
+        return Replica(actor=actor.remote(replica_id, speak, sleep_s, num_batches=1 if max_batch else 1000))
 
+    if max_batch is None:
+        return Pool(name=name, start_replica=start, num_replicas=num_replicas)
     return Pool(
-        name=name, start_replica=start, num_replicas=num_replicas, max_samples_per_replica=max_samples_per_replica
+        name=name,
+        start_replica=start,
+        num_replicas=num_replicas,
+        max_samples_per_call=max_batch,
+        max_samples_per_replica=2 * max_batch,
     )
 
 
 class InstantReplica:
     """A replica as `cluster.pool` wants it, without an engine; a Ray actor."""
 
-    def __init__(self, replica_id: int, speak: Callable[[GenerationRequest], Completion], sleep_s: float) -> None:
+    def __init__(
+        self,
+        replica_id: int,
+        speak: Callable[[GenerationRequest], Completion],
+        sleep_s: float,
+        *,
+        num_batches: int = 1000,
+    ) -> None:
         self._replica_id = replica_id
         self._sleep_s = sleep_s
+        self._batches = asyncio.Semaphore(num_batches)
         self._version = "v0"
         self._speak = speak
         self._num_tokens = 0
@@ -196,7 +216,8 @@ class InstantReplica:
     async def generate(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[list[Completion]]:
         """Yield the answers; greedy ones, which evaluations ask for, take no time."""
         if self._sleep_s and requests[0].temperature > 0:
-            await asyncio.sleep(self._sleep_s)
+            async with self._batches:
+                await asyncio.sleep(self._sleep_s)
         for start in range(0, len(requests), CHUNK):
             done = [
                 replace(self._speak(request), weight_version=self._version, weight_spans=())

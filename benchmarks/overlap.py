@@ -4,9 +4,9 @@ Rollouts and updates are sleeps under the real driver, pools and journal (benchm
 longer than the longest sleep is the loop's own making. `overlap_age_1` lets samples be one version old, so an iteration
 is sampled while the one before it is learnt; `overlap_age_0` stands beside it as the control, where both add up.
 
-The pools of `pool_scaling_*` have replicas that keep a fixed number of requests for a fixed time: N of them should
-answer N times as many per second as one. The wall-clock times of pools of one and of N are taken in turns. All replicas
-are processes of this machine: beside their sleeps they, too, need its cores.
+The pools of `pool_scaling_*` have replicas that keep sixteen requests for a second, then the next sixteen: N of them
+should answer N times as many per second as one. The wall-clock times of pools of one and of N are taken in turns. All
+replicas are processes of this machine: beside their sleeps they, too, need its cores.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trainers.progress import Silent
 from trainers.run_config import RunConfig
 from trainers.summary import IterationMetrics
 
-IN_FLIGHT = 16
-"""Requests that a sleeping replica holds at a time."""
+BATCH = 16
+"""Requests that a sleeping replica holds at a time; as many more wait there for their turn, as they do at an engine."""
 
 
 class Rows(Silent):
@@ -83,15 +83,15 @@ async def _run(age: int, *, rollout_s: float, update_s: float, quick: bool) -> l
 
 
 async def _scaling(num_replicas: int, *, target: float, quick: bool) -> Figure:
-    hold_s, num_waves = (0.2, 2) if quick else (1.0, 5)
-    one = instant_pool("one", answer, sleep_s=hold_s, max_samples_per_replica=IN_FLIGHT)
-    many = instant_pool("many", answer, sleep_s=hold_s, num_replicas=num_replicas, max_samples_per_replica=IN_FLIGHT)
+    hold_s, num_waves = (0.2, 2) if quick else (1.0, 8)
+    one = instant_pool("one", answer, sleep_s=hold_s, max_batch=BATCH)
+    many = instant_pool("many", answer, sleep_s=hold_s, num_replicas=num_replicas, max_batch=BATCH)
     try:
         await one.start()
         await many.start()
 
         async def seconds(pool: Pool[GenerationRequest, Completion], *, size: int) -> float:
-            requests = [_request(i) for i in range(size * IN_FLIGHT * num_waves)]
+            requests = [_request(i) for i in range(size * BATCH * num_waves)]
             begin = time.monotonic()
             num = 0
             async for chunk in pool.route(requests):
