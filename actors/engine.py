@@ -52,8 +52,8 @@ FIRST = -1
 """Priority of probes and canaries: before every request that waits, so that a busy engine answers its deadline."""
 
 
-PROMPTS_KEPT = 4096
-"""Prompts whose token ids a replica keeps."""
+PROMPTS_KEPT = 256
+"""Prompts whose token ids a replica keeps: the samples of a prompt come close together."""
 RECEIVING_SILENCE_S = 120.0
 """Longest time between two parts of an update from the ranks, after which the replica gives itself up."""
 

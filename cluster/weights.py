@@ -166,8 +166,8 @@ def iter_tensors(manifest: WeightManifest, *, verified: bool = False) -> Iterato
 
     Every replica of the node shares these bytes. A bucket that came from another node is checked before its first
     tensor is given, so a reader that must not stop half-way goes through all of them first, and says `verified` the
-    second time; on the node where it was put these are the very bytes that were written. Blocks on `ray.get`: not for
-    an event loop's thread.
+    second time; on the node where it was put its bytes are those of the memory they were written to. Blocks on
+    `ray.get`: not for an event loop's thread.
 
     Raises:
         CorruptBucket: bytes differ from what was put; the message names the bucket.

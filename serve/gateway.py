@@ -186,8 +186,9 @@ class Gateway:
         elif path == "/metrics":
             await reply.text(200, self._meters.exposition(), content_type="text/plain; version=0.0.4; charset=utf-8")
         else:
-            body = await self._body(headers, receive)
-            await self._generate(path, key, body, receive, reply)
+            with _rate_told(), self._limits.entered(key):
+                body = await self._body(headers, receive)
+                await self._generate(path, key, body, receive, reply)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """Return the body, read within the time and the size that are allowed."""
@@ -244,10 +245,6 @@ class Gateway:
             raise _HttpError(400, str(error)) from None
         except Overloaded as error:
             raise _unavailable(f"overload: {error}; come back later", code="overloaded", retry=error) from None
-        except TooMany as error:
-            raise _HttpError(
-                429, f"rate: {error}", kind=RATE, code="rate_limit_exceeded", headers=_retry_after(error.retry_after_s)
-            ) from None
 
     async def _version(self, model: str) -> str | None:
         """Return the version that a model's name pins; None for the current one."""
@@ -487,6 +484,17 @@ def _found(body: dict[str, Any] | None, model: str) -> dict[str, Any]:
             code="model_not_found",
         )
     return body
+
+
+@contextmanager
+def _rate_told() -> Iterator[None]:
+    """Answer a key that has used up what it may."""
+    try:
+        yield
+    except TooMany as error:
+        raise _HttpError(
+            429, f"rate: {error}", kind=RATE, code="rate_limit_exceeded", headers=_retry_after(error.retry_after_s)
+        ) from None
 
 
 def _too_large(limit: int) -> _HttpError:

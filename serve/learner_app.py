@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,15 +181,15 @@ def start_serving(
             f"{run_dir}: got a Ray that serves a learner already, wanted one endpoint on each: stop that one, or serve "
             "this run on a Ray of its own, without --address"
         )
-    built = build(run_dir, config, engine=engine, parity_bound=parity_bound, log_path=log_path)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        built = build(run_dir, config, engine=engine, parity_bound=parity_bound, log_path=log_path)
         http = {"host": config.host, "port": config.port}
         ray_serve.start(proxy_location="EveryNode", http_options=http, logging_config=QUIET)
         ray_serve.run(built.app, name=APP, route_prefix="/")
     except BaseException:
-        # It is detached: on a cluster it would outlive this process.
-        ray.kill(ray.get_actor(built.publisher), no_restart=True)
+        # On a cluster it would outlive this process, and stand in the way of the next one.
+        take_down(run_dir)
         raise
     host = config.host if ":" not in config.host else f"[{config.host}]"
     return Serving(
@@ -197,6 +198,20 @@ def start_serving(
         publisher=built.publisher,
         start_s=time.monotonic() - begin,
     )
+
+
+def take_down(run_dir: Path) -> None:
+    """Remove what a deployment that failed, or was given up, has left on the Ray that this process is connected to."""
+    if not ray.is_initialized():
+        return
+    if APP in ray_serve.status().applications:
+        ray_serve.delete(APP)
+    with suppress(ValueError):  # there is none
+        ray.kill(ray.get_actor(_publisher_name(run_dir)), no_restart=True)
+
+
+def _publisher_name(run_dir: Path) -> str:
+    return f"publisher-{run_dir.resolve().name}"
 
 
 class AppArgs(BaseModel):
@@ -254,7 +269,7 @@ def build(
         raise ValueError(
             f"{model}/config.json: got no context length, wanted rollouts.engine.max_model_len in the config"
         )
-    publisher_name = f"publisher-{run_dir.name}"
+    publisher_name = _publisher_name(run_dir)
     log = None if log_path is None else str(log_path.resolve())
     publisher: Any = (
         ray.remote(Publisher)

@@ -85,12 +85,11 @@ class Limits:
         self._returns = Returns(clock=clock)
 
     @contextmanager
-    def admitted(self, key: ApiKey, *, num_samples: int) -> Iterator[None]:
-        """Hold a place for a request of a key while the body runs.
+    def entered(self, key: ApiKey) -> Iterator[None]:
+        """Count a key's request as open while the body runs: from its headers on, before anything else of it is read.
 
         Raises:
-            TooMany: the key's rate or its open requests are used up.
-            Overloaded: the endpoint's are.
+            TooMany: the key's open requests are used up.
         """
         account = self._account(key)
         if account.num_open >= key.max_concurrent:
@@ -98,6 +97,21 @@ class Limits:
                 f"got a request beside {account.num_open} open ones of this key, wanted at most {key.max_concurrent}",
                 retry_after_s=1,
             )
+        account.num_open += 1
+        try:
+            yield
+        finally:
+            account.num_open -= 1
+
+    @contextmanager
+    def admitted(self, key: ApiKey, *, num_samples: int) -> Iterator[None]:
+        """Hold places for the samples of a key's request while the body runs.
+
+        Raises:
+            TooMany: the key's rate is used up.
+            Overloaded: the endpoint's places are.
+        """
+        account = self._account(key)
         if account.tokens < 1:
             wait_s = (1 - account.tokens) * 60 / key.requests_per_minute
             raise TooMany(
@@ -109,12 +123,10 @@ class Limits:
                 retry_after_s=self._returns.retry_after_s(),
             )
         account.tokens -= 1
-        account.num_open += 1
         self.num_open_samples += num_samples
         try:
             yield
         finally:
-            account.num_open -= 1
             self.num_open_samples -= num_samples
             self._returns.note_end()
 

@@ -12,10 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ray.exceptions import RayError
-
 from cluster.ray_config import address_to_join
-from serve.address import address_problems
+from serve.address import LOOPBACK, address_problems
 from serve.publisher import wanted_version
 from serve.serving_commands import keep_endpoint, living_endpoint
 from trainers.run_config import RunConfig
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 STOP_TIMEOUT_S = 30.0
-"""Longest wait for the endpoint to go; what is left of it ends with the run's Ray."""
+"""Longest wait for the endpoint to go before it is removed, in the middle of its deployment if need be."""
 
 
 class RunEndpoint:
@@ -48,7 +46,11 @@ class RunEndpoint:
         self._is_stopped.set()
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
-            logger.warning("the endpoint was not down after %g s", STOP_TIMEOUT_S)
+            from serve.learner_app import take_down
+
+            logger.warning("the endpoint was not down after %g s: it is removed", STOP_TIMEOUT_S)
+            take_down(self._config.run_dir)
+            self._thread.join(STOP_TIMEOUT_S)
 
     def _serve(self) -> None:
         config = self._config
@@ -65,9 +67,11 @@ class RunEndpoint:
                 tell=lambda text: self._note(text.removeprefix("● ")),
                 tells_versions=False,  # the run's own table does
             )
-        except (ValueError, RuntimeError, OSError, RayError) as error:
+        except Exception as error:  # whatever it is: the run goes on without it
             logger.exception("the endpoint failed")
-            self._note(f"! the endpoint failed, the run goes on: {str(error).strip().splitlines()[0]}")
+            if not self._is_stopped.is_set():
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self._note(f"! the endpoint failed, the run goes on: {first}")
 
     def _is_committed(self, run_dir: Path) -> bool:
         """Wait for the run's first commit; return False when the run ended before."""
@@ -84,6 +88,13 @@ class RunEndpoint:
 def serving_problems(config: RunConfig) -> Iterator[str]:
     """Yield what stands against a run's serving itself, one line each."""
     if not config.serve.enabled:
+        return
+    if config.serve.host not in LOOPBACK and not (config.run_dir / "resolved.json").is_file():
+        yield (
+            f"serve.host: got {config.serve.host}, which others can reach, wanted 127.0.0.1: a new run has no key yet; "
+            f"once it goes on, `elenchus key {config.name} --label WHO`, then `elenchus serve {config.name} --host "
+            f"{config.serve.host}`"
+        )
         return
     yield from (
         f"serve.{line.replace('by --port', 'by serve.port')}" for line in address_problems(config.run_dir, config.serve)

@@ -107,6 +107,9 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ('[loss]\nkind = "ppo"\n',
          'a.toml:2: loss.kind: got "ppo" with learner.training.value_head = false, wanted true: it learns what a '
          "response will score; or use grpo, rloo, reinforce_pp"),
+        ('[loss]\nkind = "grpo"\nmax_tokens = 512\n',
+         "a.toml:3: loss.max_tokens: got 512, wanted rollouts.sampling.max_tokens = "
+         f"{RunConfig().rollouts.sampling.max_tokens}: no response is longer"),
         ('[loss]\nkind = "rloo"\n[rollouts.sampling]\ntemperature = 0.7\n',
          "a.toml:1: loss.temperature: got 1, wanted rollouts.sampling.temperature = 0.7: log-probs are taken at that "
          "of the sampling"),

@@ -146,4 +146,7 @@ def test_what_stands_against_serving_is_told_before_a_run_begins(
         # A run that does not serve does not ask for the port.
         assert list(serving_problems(config_of(tmp_path / "x", f"serve.port={port}", "serve.enabled=false"))) == []
     (line,) = serving_problems(config_of(tmp_path / "x", "serve.host=0.0.0.0"))
-    assert line.startswith("serve.host: got 0.0.0.0, which others can reach, and no key, wanted one: make it by")
+    assert line == (
+        "serve.host: got 0.0.0.0, which others can reach, wanted 127.0.0.1: a new run has no key yet; once it goes on, "
+        "`elenchus key x --label WHO`, then `elenchus serve x --host 0.0.0.0`"
+    )

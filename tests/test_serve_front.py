@@ -101,6 +101,15 @@ def test_a_connection_that_goes_on_has_the_time_for_each_request(port: int) -> N
         assert told(connection).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_bytes_that_begin_no_request_do_not_keep_a_connection(port: int, begun: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(begun)
+        time.sleep(LIMIT_S / 2)
+        connection.sendall(b"\r\n")
+        assert b"HTTP/1.1 408 " in told(connection)
+
+
 def test_a_body_may_take_longer_than_headers(port: int) -> None:
     def slow() -> Iterator[bytes]:
         yield b"a"

@@ -380,6 +380,16 @@ def test_over_its_open_requests_a_key_is_429_and_free_again_after(tmp_path: Path
     assert endpoint.chat().status == 200
 
 
+def test_a_body_that_has_not_arrived_counts_among_a_keys_open_requests(tmp_path: Path) -> None:
+    endpoint = Endpoint(tmp_path / "run", max_concurrent=1)
+
+    async def story() -> list[Answer]:
+        return await asyncio.gather(endpoint.send(raw=[b"{"], stalls=True), endpoint.send(body=chat_body()))
+
+    slow, other = asyncio.run(story())
+    assert (slow.status, other.status) == (408, 429)
+
+
 def test_overload_is_503_with_retry_after(tmp_path: Path) -> None:
     config = GatewayConfig(max_model_len=CONTEXT, max_open_samples=4)
     endpoint = Endpoint(tmp_path / "run", config=config)

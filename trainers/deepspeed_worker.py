@@ -370,8 +370,9 @@ class DeepSpeedRank:
                 total = self._all_sum(sums)
                 if not math.isfinite(sums["loss"]):
                     # Every rank must skip the step, also one whose own numbers are sound: a gradient that one rank has
-                    # poisoned is poisoned on all, and every ZeRO stage recognises it.
-                    loss = loss * math.nan
+                    # poisoned is poisoned on all, and every ZeRO stage recognises it. By way of all log-probs: padding
+                    # that weighs nothing has none of its own in the loss.
+                    loss = loss + math.nan * forward.logprobs.sum()
             self._engine.set_gradient_accumulation_boundary(is_last)
             # DeepSpeed averages gradients over ranks; ours are shares of the global mean, to be summed.
             self._engine.backward(loss * self._num_ranks)

@@ -327,6 +327,8 @@ def tenants(config: RunConfig) -> dict[str, Tenant]:
 
 def _ages(config: RunConfig) -> Iterator[str]:
     """Yield where samples of older weights are to be corrected for by log-probs that can't be compared."""
+    if isinstance(config.loss, PolicyConfig):
+        return  # it takes log-probs at the sampling's temperature, and corrects by settings of its own
     temperature = config.rollouts.sampling.temperature
     if config.loop.max_policy_age and config.loop.importance.kind != "none" and temperature != 1.0:
         yield (
@@ -352,6 +354,9 @@ def _learning(config: RunConfig) -> Iterator[str]:
             f'loss.kind: got "{kind}" with learner.training.value_head = false, wanted true: it learns what a response '
             "will score; or use grpo, rloo, reinforce_pp"
         )
+    longest, most = config.loss.model_dump().get("max_tokens"), config.rollouts.sampling.max_tokens
+    if longest is not None and longest != most:
+        yield f"loss.max_tokens: got {longest}, wanted rollouts.sampling.max_tokens = {most}: no response is longer"
     temperature = config.rollouts.sampling.temperature
     if config.loss.temperature != temperature:
         yield (

@@ -59,7 +59,7 @@ class TrainingConfig(Config):
     start_deadline_s: float = Field(default=240.0, gt=0.0)
     """Longest time to place the ranks, import DeepSpeed and load the model."""
     step_deadline_s: float = Field(default=120.0, gt=0.0)
-    """Longest time for one optimizer step."""
+    """Longest time for one optimizer step; of short ones, for a second's worth of them."""
     call_deadline_s: float = Field(default=600.0, gt=0.0)
     """Longest time for any other call: reference log-probs of an update, publish, export, save, load."""
 
