@@ -36,7 +36,7 @@ from benchmarks import (
     weight_transfer,
 )
 from benchmarks.cold_demo import ROOT
-from benchmarks.figure import Figure
+from benchmarks.figure import Figure, table
 from cluster.durable_files import write_json_atomic
 from cluster.environment import environment
 from cluster.ray_runtime import RayConfig, start_ray
@@ -91,21 +91,6 @@ def _told(name: str, measure: Callable[[], list[Figure]]) -> list[Figure]:
     figures = measure()
     print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     return figures
-
-
-def table(figures: Sequence[Figure]) -> str:
-    """Return the figures as a Markdown table."""
-    lines = [
-        "| figure | what | target | median | quartiles | rounds | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for figure in figures:
-        sign, unit = ("≥" if figure.at_least else "≤"), (f" {figure.unit}" if figure.unit else "")
-        lines.append(
-            f"| `{figure.name}` | {figure.what} | {sign} {figure.target:g}{unit} | **{figure.value:.3f}**{unit} | "
-            f"{figure.low:.3f} – {figure.high:.3f} | {figure.num_rounds} | {'✓' if figure.met else '✗'} |"
-        )
-    return "\n".join(lines)
 
 
 def record(figures: Sequence[Figure], *, quick: bool, load_before: float) -> dict[str, Any]:

@@ -104,3 +104,18 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = [
+        "| figure | what | target | median | quartiles | rounds | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for figure in figures:
+        sign, unit = ("≥" if figure.at_least else "≤"), (f" {figure.unit}" if figure.unit else "")
+        lines.append(
+            f"| `{figure.name}` | {figure.what} | {sign} {figure.target:g}{unit} | **{figure.value:.3f}**{unit} | "
+            f"{figure.low:.3f} – {figure.high:.3f} | {figure.num_rounds} | {'✓' if figure.met else '✗'} |"
+        )
+    return "\n".join(lines)

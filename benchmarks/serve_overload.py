@@ -24,9 +24,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from actors.engine_config import EngineConfig
-from benchmarks.figure import Figure
-from benchmarks.serve_run import make_run
-from benchmarks.serve_speed import free_port
+from benchmarks.figure import Figure, table
+from benchmarks.serve_run import free_port, make_run
 from serve.auth import add_key
 from serve.front import front_environment
 from serve.learner_app import ServingConfig, start_serving
@@ -184,7 +183,6 @@ def on_its_own_ray(*, quick: bool) -> list[Figure]:
 
 def main() -> int:
     """Measure, and print the table."""
-    from benchmarks.bench import table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small form, which only shows that it runs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 from cluster.commits import Commit, iteration_dir, write_commit
@@ -53,3 +54,10 @@ def commit(run: Path, number: int) -> str:
         on_step=lambda _: None,
     )
     return f"v{number}"
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

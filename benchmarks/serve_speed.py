@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -28,10 +27,10 @@ from actors.engine import engine_environment
 from actors.engine_config import EngineConfig
 from actors.generation import sample_seed
 from actors.records import Message
-from benchmarks.figure import Figure, in_turns
+from benchmarks.figure import Figure, in_turns, table
 from benchmarks.plain_process import PlainProcess, worker_niceness
 from benchmarks.pool_speed import Prompt, Spoken, generate, open_engine
-from benchmarks.serve_run import LARGE, make_run
+from benchmarks.serve_run import LARGE, free_port, make_run
 from serve.auth import add_key
 from serve.learner_app import ServingConfig, start_serving
 from trainers.base_model import BaseModelConfig
@@ -146,16 +145,8 @@ def _seeded(prompt: Prompt, seed: int) -> Prompt:
     return replace(prompt, seed=sample_seed(seed, sample_index=0))
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> int:
     """Measure, and print the table."""
-    from benchmarks.bench import table
     from cluster.ray_runtime import RayConfig, start_ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -24,9 +24,8 @@ import numpy as np
 import ray
 
 from actors.engine_config import EngineConfig
-from benchmarks.figure import Figure
-from benchmarks.serve_run import commit, make_run
-from benchmarks.serve_speed import free_port
+from benchmarks.figure import Figure, table
+from benchmarks.serve_run import commit, free_port, make_run
 from serve.auth import add_key
 from serve.learner_app import ServingConfig, start_serving
 from trainers.base_model import BaseModelConfig
@@ -119,7 +118,6 @@ async def _swaps(run: Path, publisher: Any, client: httpx.AsyncClient, *, num_sw
 
 def main() -> int:
     """Measure, and print the table."""
-    from benchmarks.bench import table
     from cluster.ray_runtime import RayConfig, start_ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.pool import PoolStats
-    from cluster.weight_sync import SyncReport
 
 REFRESH_EVERY_S = 1.0
 """How often gauges are said again: Ray (2.60) forgets one that was not set within two report intervals, and the
@@ -253,13 +252,13 @@ def scaled(pool: str, *, before: int, after: int, why: str) -> None:
         _recorder.count(SCALE_EVENTS, 1, pool, "up" if after > before else "down", why)
 
 
-def synced(pool: str, report: SyncReport) -> None:
+def synced(pool: str, *, num_quarantined: int, seconds: float, max_abs_diff: float) -> None:
     """Record a weight sync that replicas took."""
     if _recorder is not None:
         _recorder.count(SYNCS, 1, pool, "taken")
-        _recorder.count(SYNC_QUARANTINED, len(report.quarantined), pool)
-        _recorder.set(SYNC_SECONDS, report.seconds, pool)
-        _recorder.set(SYNC_PARITY, report.max_abs_diff, pool)
+        _recorder.count(SYNC_QUARANTINED, num_quarantined, pool)
+        _recorder.set(SYNC_SECONDS, seconds, pool)
+        _recorder.set(SYNC_PARITY, max_abs_diff, pool)
 
 
 def sync_refused(pool: str, *, seconds: float) -> None:

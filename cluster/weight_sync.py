@@ -86,7 +86,12 @@ async def sync_weights(
             max_abs_diff=max(diffs.values()),
             seconds=time.monotonic() - started,
         )
-        metrics.synced(pool.name, report)
+        metrics.synced(
+            pool.name,
+            num_quarantined=len(report.quarantined),
+            seconds=report.seconds,
+            max_abs_diff=report.max_abs_diff,
+        )
         logger.info(
             "pool %s: %s on %d replicas, %d quarantined, max |Δ| %.3g nats, %.2f s",
             pool.name,

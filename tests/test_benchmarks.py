@@ -22,7 +22,7 @@ from benchmarks import (
     training_step,
     weight_transfer,
 )
-from benchmarks.figure import Figure, in_turns
+from benchmarks.figure import Figure, in_turns, table
 from benchmarks.plain_process import PlainProcess
 
 
@@ -70,7 +70,7 @@ def test_the_table_shows_which_targets_are_met() -> None:
         Figure.of("met", "a ÷ b", [0.97], at_least=0.95),
         Figure.of("missed", "c per d", [0.41], at_most=0.3, unit="ms"),
     ]
-    lines = bench.table(figures).splitlines()
+    lines = table(figures).splitlines()
     assert lines[2] == "| `met` | a ÷ b | ≥ 0.95 | **0.970** | 0.970 – 0.970 | 1 | ✓ |"
     assert lines[3] == "| `missed` | c per d | ≤ 0.3 ms | **0.410** ms | 0.410 – 0.410 | 1 | ✗ |"
 

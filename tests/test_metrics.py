@@ -20,7 +20,6 @@ from cluster import metrics
 from cluster.metrics import CLUSTER_SERIES, Kind, Recorder, Series, recording
 from cluster.pool import PoolStats, Readiness
 from cluster.scaling import Follower, write_wanted
-from cluster.weight_sync import SyncReport
 from tests.synthetic_run import make_row
 from trainers import loop_metrics
 from trainers.loop_metrics import LOOP_SERIES
@@ -199,8 +198,7 @@ def test_scale_events_are_counted_by_direction_and_reason(tmp_path: Path, writte
 
 
 def test_a_refused_sync_is_counted_and_leaves_no_parity(written: Written) -> None:
-    report = SyncReport(version="v1", accepted=(0,), quarantined={1: "parity"}, max_abs_diff=3e-7, seconds=0.4)
-    metrics.synced("rollouts", report)
+    metrics.synced("rollouts", num_quarantined=1, seconds=0.4, max_abs_diff=3e-7)
     assert written.values == {
         "weight_syncs rollouts taken": 1,
         "weight_sync_quarantined_replicas rollouts": 1,

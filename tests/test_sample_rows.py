@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from trainers.batches import SampleRows, sample_rows
-from trainers.deepspeed_worker import _each_row_once, estimated
 from trainers.losses import TokenBatch, grpo, load_loss, ppo, relc, rloo
 from trainers.policy_gradient import PolicyLoss
 from trainers.training_group import TrainingPlan
+from trainers.update_start import each_row_once, estimated
 
 
 def table(**columns: Any) -> pa.Table:
@@ -140,8 +140,8 @@ def test_tables_that_are_no_scored_samples_are_refused(columns: dict[str, Any], 
 
 def test_every_row_is_evaluated_once_and_as_the_first_epoch_has_it() -> None:
     plan = TrainingPlan.of(list("abcdefg"), batch_size=3, epochs=2, seed=0)
-    assert list(_each_row_once(plan, num_rows=7)) == [step.rows for step in plan.steps[:3]]
+    assert list(each_row_once(plan, num_rows=7)) == [step.rows for step in plan.steps[:3]]
     second = TrainingPlan(row_ids=plan.row_ids, steps=(plan.steps[0], *plan.steps[3:]))
-    first, rest = _each_row_once(second, num_rows=7)
+    first, rest = each_row_once(second, num_rows=7)
     assert first == plan.steps[0].rows
     assert sorted(first + rest) == list(range(7))

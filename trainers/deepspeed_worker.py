@@ -13,10 +13,9 @@ import logging
 import math
 import os
 import random
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -34,10 +33,9 @@ from torch import Tensor
 from actors.engine import make_sender
 from actors.receiving import Opened, ReplicaClient
 from cluster.config import Config
-from cluster.durable_files import FileDigest, digest_file, sync_path, write_json_atomic
+from cluster.durable_files import FileDigest, write_json_atomic
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest, put_weights
-from trainers.advantages import informative
 from trainers.batches import (
     MicroBatch,
     Padded,
@@ -48,40 +46,44 @@ from trainers.batches import (
     Totals,
     TrainingPlan,
     micro_batches,
-    pair_rows,
     sample_rows,
     sequence_rows,
-    token_rows,
 )
-from trainers.importance import ImportanceConfig, correction
+from trainers.checkpoint_files import (
+    MANIFEST,
+    CorruptCheckpoint,
+    copy_tokenizer,
+    digest_problem,
+    files_of,
+    fresh_beside,
+    listing_problems,
+    publish_directory,
+    read_manifest,
+    synced_digest,
+)
+from trainers.importance import ImportanceConfig
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.losses import Loss, LossOutput, PairBatch, TokenBatch, TwoPassLoss, UnpairedBatch, load_loss
 from trainers.muon import MuonAdamW
-from trainers.policy_gradient import PolicyConfig, PolicyLoss
+from trainers.policy_gradient import PolicyLoss
 from trainers.training_config import TrainingConfig, learning_rate
+from trainers.update_start import (
+    Reference,
+    corrected,
+    each_row_once,
+    estimated,
+    refuse_other_rows,
+    rows_for,
+    temperature_of,
+)
 from trainers.value_head import add_value_head, aligned_values, policy_parameters
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_TAG = "state"
-MANIFEST = "MANIFEST.json"
 TOPOLOGY = "training.json"
 MAX_BAD_STEPS = 3
 """Steps in a row with a loss or gradient that is not finite, after which training ends."""
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
-
-
-class CorruptCheckpoint(ValueError):
-    """A checkpoint's files are not those that were saved, or belong to another topology; nothing was loaded."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -150,20 +152,6 @@ class StepReport:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """What the weights at an update's start say of each pair's two responses."""
-
-    sums: Tensor
-    """[rows, 2] fp32: log-probs (nats) of chosen and rejected, summed over their tokens."""
-    gaps: Tensor
-    """[rows, 2] fp32: sums over their tokens of |log-prob - that of the rollout engine|; 0 where it is not known."""
-
-    @classmethod
-    def nothing(cls, num_rows: int) -> _Reference:
-        return cls(sums=torch.zeros(num_rows, 2), gaps=torch.zeros(num_rows, 2))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
     plan: TrainingPlan
@@ -178,7 +166,7 @@ class _Update:
     @property
     def temperature(self) -> float:
         """Return that at which log-probs are taken: the sampling's, where the loss learns from samples."""
-        return _temperature_of(self.loss_config)
+        return temperature_of(self.loss_config)
 
 
 class _Forward(NamedTuple):
@@ -307,7 +295,7 @@ class DeepSpeedRank:
         """
         module = load_loss(loss)
         arrow = ray.get(table.ref)
-        _refuse_other_rows(arrow, plan)
+        refuse_other_rows(arrow, plan)
         said: dict[str, float] = {}
         if isinstance(module, PolicyLoss):
             samples = sample_rows(arrow)
@@ -315,15 +303,15 @@ class DeepSpeedRank:
             samples, said = self._estimated(samples, plan, module, loss_config)
             self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=samples, reference=None)
             return said
-        rows = _rows_for(module, arrow, name=loss)
+        rows = rows_for(module, arrow, name=loss)
         self._refuse_long(rows)
         gaps = isinstance(rows, PairRows) and rows.rollout_logprobs is not None and importance is not None
         reference = self._reference(rows, plan) if module.uses_reference or gaps else None
         if isinstance(rows, PairRows):
             if reference is None:
-                reference = _Reference.nothing(len(rows.lengths))
+                reference = Reference.nothing(len(rows.lengths))
             if importance is not None and rows.rollout_logprobs is not None:
-                rows, said = _corrected(rows, reference, importance)
+                rows, said = corrected(rows, reference, importance)
         sums = None if reference is None else reference.sums
         mismatched: tuple[Tensor, ...] = ()
         if module.batch is UnpairedBatch:
@@ -531,7 +519,7 @@ class DeepSpeedRank:
                 padded = rows.pad(micro.rows, num_passes=micro.num_passes)
                 yield micro.rows, self._forward(padded, temperature=temperature)
 
-    def _reference(self, rows: Rows, plan: TrainingPlan) -> _Reference | None:
+    def _reference(self, rows: Rows, plan: TrainingPlan) -> Reference | None:
         """Return the log-probs by the weights as they are now, each row computed once over all ranks.
 
         Laid out as the first epoch's steps are, so that the first step's log-ratios are exactly 0.
@@ -549,7 +537,7 @@ class DeepSpeedRank:
                     gaps[list(micro)] = rows.rollout_gaps(micro, forward.logprobs, forward.mask)
         dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
         dist.all_reduce(gaps)
-        return _Reference(sums=sums.cpu(), gaps=gaps.cpu())
+        return Reference(sums=sums.cpu(), gaps=gaps.cpu())
 
     def _estimated(
         self, rows: SampleRows, plan: TrainingPlan, loss: PolicyLoss, config: Config
@@ -560,8 +548,8 @@ class DeepSpeedRank:
         """
         # Log-probs, and values where there are any.
         old = torch.zeros(1 + self._config.value_head, *rows.shape, device=self._device)
-        temperature = _temperature_of(config)
-        for chosen in _each_row_once(plan, num_rows=len(rows.lengths)):
+        temperature = temperature_of(config)
+        for chosen in each_row_once(plan, num_rows=len(rows.lengths)):
             for micro, forward in self._evaluated(rows, chosen, temperature=temperature):
                 if micro:
                     told = (forward.logprobs,) if forward.values is None else (forward.logprobs, forward.values)
@@ -673,10 +661,10 @@ class DeepSpeedRank:
                 weights[name] = parameter.detach().cpu().clone()
         if self._rank == 0:
             target = Path(path)
-            beside = _fresh_beside(target)
+            beside = fresh_beside(target)
             self._engine.module.save_pretrained(beside, state_dict=weights)
-            _copy_tokenizer(Path(self._source.path), beside)
-            _publish_directory(beside, target)
+            copy_tokenizer(Path(self._source.path), beside)
+            publish_directory(beside, target)
         dist.barrier()
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
@@ -704,17 +692,17 @@ class DeepSpeedRank:
         target = Path(path)
         beside = target.with_name(f".{target.name}.tmp")
         if self._rank == 0:
-            _fresh_beside(target)
+            fresh_beside(target)
         dist.barrier()
         self._engine.save_checkpoint(str(beside), tag=CHECKPOINT_TAG, client_state={}, save_latest=False)
         torch.save(_random_states(), beside / f"random-{self._rank:05d}.pt")
         if self._rank == 0:
             (beside / TOPOLOGY).write_text(json.dumps({**self._topology(), **self._counters()}, indent=2) + "\n")
         dist.barrier()
-        digests = tuple(sorted(self._on_all(self._share(beside, _synced_digest)), key=lambda digest: digest.path))
+        digests = tuple(sorted(self._on_all(self._share(beside, synced_digest)), key=lambda digest: digest.path))
         if self._rank == 0:
             write_json_atomic(beside / MANIFEST, {"files": [asdict(digest) for digest in digests]})
-            _publish_directory(beside, target)
+            publish_directory(beside, target)
         dist.barrier()
         return digests
 
@@ -730,9 +718,9 @@ class DeepSpeedRank:
             CorruptCheckpoint: a file is missing, changed or one too many, or the topology is another.
         """
         source = Path(path)
-        wanted = {digest.path: digest for digest in files or _read_manifest(source)}
-        problems = _listing_problems(source, wanted) if self._rank == 0 else []
-        problems = self._on_all([*problems, *self._share(source, lambda p, root: _digest_problem(p, root, wanted))])
+        wanted = {digest.path: digest for digest in files or read_manifest(source)}
+        problems = listing_problems(source, wanted) if self._rank == 0 else []
+        problems = self._on_all([*problems, *self._share(source, lambda p, root: digest_problem(p, root, wanted))])
         found = [problem for problem in problems if problem]
         if found:
             raise CorruptCheckpoint(f"{source}: {'; '.join(sorted(set(found)))}")
@@ -761,7 +749,7 @@ class DeepSpeedRank:
 
     def _share(self, directory: Path, call: Callable[[Path, Path], Any]) -> list[Any]:
         """Return what a call gives for this rank's share of a directory's files, so that hashing is split."""
-        files = [path for path in _files_of(directory) if path.name != MANIFEST]
+        files = [path for path in files_of(directory) if path.name != MANIFEST]
         return [call(path, directory) for path in files[self._rank :: self._num_ranks]]
 
     def _on_all(self, items: list[Any]) -> list[Any]:
@@ -894,69 +882,6 @@ def _parameter_groups(model: Any, *, weight_decay: float) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def _corrected(rows: PairRows, reference: _Reference, config: ImportanceConfig) -> tuple[PairRows, dict[str, float]]:
-    """Return the rows with the factors of their losses, and what is worth knowing of how they came about."""
-    assert rows.rollout_logprobs is not None, "without them there is nothing to compare"
-    sampled = np.array([[chosen.sum(), rejected.sum()] for chosen, rejected in rows.rollout_logprobs])
-    stale = rows.ages > 0
-    log_ratios = (reference.sums.double().numpy() - sampled).sum(axis=1)
-    factors = correction(log_ratios, stale=stale, config=config)
-    gaps = reference.gaps.double().numpy().sum(axis=1)
-    num_tokens = rows.chosen_lengths + rows.rejected_lengths
-    said = {"importance_mean": float(factors.mean()), "stale_share": float(stale.mean())}
-    for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
-        if chosen.any():
-            said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
-    return replace(rows, correction=factors), said
-
-
-def estimated(
-    rows: SampleRows, old_logprobs: Tensor, *, loss: PolicyLoss, config: Config, values: Tensor | None = None
-) -> tuple[SampleRows, dict[str, float]]:
-    """Return the rows with what a loss makes of all of them at once, and what is worth knowing of how they came about.
-
-    Args:
-        rows: of a whole update, so that no group is cut.
-        old_logprobs: [rows, T] by the weights at the update's start.
-        loss: whose advantages they become.
-        config: the loss's settings.
-        values: [rows, T] by the same weights; None without a value head.
-    """
-    samples = rows.samples(old_logprobs, values=values)
-    found = loss.advantages(samples, config)
-    scored = samples.scored()
-    said = {
-        "score": float(samples.scores[scored].mean()) if bool(scored.any()) else 0.0,
-        "unscored_share": float((~scored).double().mean()),
-        "left_out_share": float((~found.live).double().mean()),
-        "equal_scores_share": float((scored & ~informative(samples.scores, samples.groups)).double().mean()),
-        "reference_kl_per_response": float(samples.log_ratios().sum(dim=1).mean()),
-    }
-    if rows.rollout_logprobs is not None:
-        gaps = torch.where(samples.mask, (old_logprobs - rows.rollout_logprobs).abs(), 0.0).double().sum(dim=1)
-        stale, num_tokens = torch.from_numpy(rows.ages > 0), samples.mask.sum(dim=1)
-        said["stale_share"] = float(stale.double().mean())
-        for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
-            if bool(chosen.any()):
-                said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
-    return rows.with_signals(samples, found), said
-
-
-def _temperature_of(config: Config) -> float:
-    return config.temperature if isinstance(config, PolicyConfig) else 1.0
-
-
-def _each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, ...]]:
-    """Yield the rows of each step of the first epoch, then those that it leaves over."""
-    left = set(range(num_rows))
-    for planned in plan.steps:
-        if planned.epoch == 0:
-            yield planned.rows
-            left -= set(planned.rows)
-    if left:
-        yield tuple(sorted(left))
-
-
 def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     scalars = {**output.metrics, "loss": output.loss.detach()}
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
@@ -964,30 +889,6 @@ def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     values["num_padded_tokens"] = padded.num_padded_tokens
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
-
-
-def _rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
-    """Return a table's rows as a loss takes them.
-
-    Raises:
-        ValueError: it takes what no table holds.
-    """
-    if loss.batch in (PairBatch, UnpairedBatch):
-        return pair_rows(table)
-    if loss.batch is TokenBatch:
-        return token_rows(table)
-    raise ValueError(
-        f'update: got loss "{name}", which takes a {loss.batch.__name__}, wanted one that takes a PairBatch, '
-        "an UnpairedBatch or a TokenBatch: a table holds no others"
-    )
-
-
-def _refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:
-    if table.num_rows != len(plan.row_ids):
-        raise ValueError(f"update: the table has {table.num_rows} rows, the plan {len(plan.row_ids)}")
-    for name in ("pair_id", "row_id"):
-        if name in table.column_names and tuple(table.column(name).to_pylist()) != plan.row_ids:
-            raise ValueError(f"update: column {name!r} differs from the plan's row ids; plan in the table's order")
 
 
 def _node_address() -> str:
@@ -1046,67 +947,6 @@ def _restore_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss_next))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def _files_of(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _synced_digest(path: Path, root: Path) -> FileDigest:
-    sync_path(path)
-    return digest_file(path, root=root)
-
-
-def _read_manifest(directory: Path) -> list[FileDigest]:
-    try:
-        return [FileDigest(**entry) for entry in json.loads((directory / MANIFEST).read_text())["files"]]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CorruptCheckpoint(f"{directory}: no readable {MANIFEST} ({error}), wanted a saved checkpoint") from error
-
-
-def _listing_problems(directory: Path, wanted: dict[str, FileDigest]) -> list[str]:
-    here = {path.relative_to(directory).as_posix() for path in _files_of(directory) if path.name != MANIFEST}
-    missing = [f"{name} is missing" for name in sorted(set(wanted) - here)]
-    # DeepSpeed finds files by pattern: one that nobody vouches for must not be there to be unpickled.
-    return missing + [f"{name} is not in the manifest" for name in sorted(here - set(wanted))]
-
-
-def _digest_problem(path: Path, root: Path, wanted: dict[str, FileDigest]) -> str | None:
-    got = digest_file(path, root=root)
-    expected = wanted.get(got.path)
-    if expected is None or got == expected:
-        return None
-    return f"{got.path} has SHA-256 {got.sha256[:12]}… ({got.size_bytes} bytes), wanted {expected.sha256[:12]}…"
-
-
-def _fresh_beside(target: Path) -> Path:
-    """Return an empty directory beside the target, on the same file system."""
-    beside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
-
-
-def _publish_directory(beside: Path, target: Path) -> None:
-    """Make a directory durable and give it its name; what had the name before is removed."""
-    for path in (*_files_of(beside), *(p for p in beside.rglob("*") if p.is_dir()), beside):
-        sync_path(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(beside, target)
-    sync_path(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    files: Iterable[Path] = {path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}
-    for path in files:
-        shutil.copyfile(path, target / path.name)
 
 
 class _Clock:

@@ -31,8 +31,8 @@ from cluster.ray_runtime import worker_stderr
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightAnswer, WeightManifest, Weights
 from trainers.batches import PlannedStep, Slot, TrainingPlan
+from trainers.checkpoint_files import CorruptCheckpoint
 from trainers.deepspeed_worker import (
-    CorruptCheckpoint,
     DeepSpeedRank,
     ModelSource,
     RankInfo,

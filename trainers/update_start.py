@@ -1,0 +1,129 @@
+"""Owns what an update makes of its table before its first step: rows, corrections of pairs, advantages of samples.
+
+All of it hangs on the weights as they are then, or on nothing; no collectives, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cluster.config import Config
+from trainers.advantages import informative
+from trainers.batches import PairRows, Rows, SampleRows, TrainingPlan, pair_rows, token_rows
+from trainers.importance import ImportanceConfig, correction
+from trainers.losses import Loss, PairBatch, TokenBatch, UnpairedBatch
+from trainers.policy_gradient import PolicyConfig, PolicyLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the weights at an update's start say of each pair's two responses."""
+
+    sums: Tensor
+    """[rows, 2] fp32: log-probs (nats) of chosen and rejected, summed over their tokens."""
+    gaps: Tensor
+    """[rows, 2] fp32: sums over their tokens of |log-prob - that of the rollout engine|; 0 where it is not known."""
+
+    @classmethod
+    def nothing(cls, num_rows: int) -> Reference:
+        """Return zeros."""
+        return cls(sums=torch.zeros(num_rows, 2), gaps=torch.zeros(num_rows, 2))
+
+
+def rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
+    """Return a table's rows as a loss takes them.
+
+    Raises:
+        ValueError: it takes what no table holds.
+    """
+    if loss.batch in (PairBatch, UnpairedBatch):
+        return pair_rows(table)
+    if loss.batch is TokenBatch:
+        return token_rows(table)
+    raise ValueError(
+        f'update: got loss "{name}", which takes a {loss.batch.__name__}, wanted one that takes a PairBatch, '
+        "an UnpairedBatch or a TokenBatch: a table holds no others"
+    )
+
+
+def refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:
+    """Check that a table has the plan's rows, in its order.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if table.num_rows != len(plan.row_ids):
+        raise ValueError(f"update: the table has {table.num_rows} rows, the plan {len(plan.row_ids)}")
+    for name in ("pair_id", "row_id"):
+        if name in table.column_names and tuple(table.column(name).to_pylist()) != plan.row_ids:
+            raise ValueError(f"update: column {name!r} differs from the plan's row ids; plan in the table's order")
+
+
+def corrected(rows: PairRows, reference: Reference, config: ImportanceConfig) -> tuple[PairRows, dict[str, float]]:
+    """Return the rows with the factors of their losses, and what is worth knowing of how they came about."""
+    assert rows.rollout_logprobs is not None, "without them there is nothing to compare"
+    sampled = np.array([[chosen.sum(), rejected.sum()] for chosen, rejected in rows.rollout_logprobs])
+    stale = rows.ages > 0
+    log_ratios = (reference.sums.double().numpy() - sampled).sum(axis=1)
+    factors = correction(log_ratios, stale=stale, config=config)
+    gaps = reference.gaps.double().numpy().sum(axis=1)
+    num_tokens = rows.chosen_lengths + rows.rejected_lengths
+    said = {"importance_mean": float(factors.mean()), "stale_share": float(stale.mean())}
+    for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
+        if chosen.any():
+            said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
+    return replace(rows, correction=factors), said
+
+
+def estimated(
+    rows: SampleRows, old_logprobs: Tensor, *, loss: PolicyLoss, config: Config, values: Tensor | None = None
+) -> tuple[SampleRows, dict[str, float]]:
+    """Return the rows with what a loss makes of all of them at once, and what is worth knowing of how they came about.
+
+    Args:
+        rows: of a whole update, so that no group is cut.
+        old_logprobs: [rows, T] by the weights at the update's start.
+        loss: whose advantages they become.
+        config: the loss's settings.
+        values: [rows, T] by the same weights; None without a value head.
+    """
+    samples = rows.samples(old_logprobs, values=values)
+    found = loss.advantages(samples, config)
+    scored = samples.scored()
+    said = {
+        "score": float(samples.scores[scored].mean()) if bool(scored.any()) else 0.0,
+        "unscored_share": float((~scored).double().mean()),
+        "left_out_share": float((~found.live).double().mean()),
+        "equal_scores_share": float((scored & ~informative(samples.scores, samples.groups)).double().mean()),
+        "reference_kl_per_response": float(samples.log_ratios().sum(dim=1).mean()),
+    }
+    if rows.rollout_logprobs is not None:
+        gaps = torch.where(samples.mask, (old_logprobs - rows.rollout_logprobs).abs(), 0.0).double().sum(dim=1)
+        stale, num_tokens = torch.from_numpy(rows.ages > 0), samples.mask.sum(dim=1)
+        said["stale_share"] = float(stale.double().mean())
+        for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
+            if bool(chosen.any()):
+                said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
+    return rows.with_signals(samples, found), said
+
+
+def temperature_of(config: Config) -> float:
+    """Return that at which log-probs are taken: the sampling's, where the loss learns from samples."""
+    return config.temperature if isinstance(config, PolicyConfig) else 1.0
+
+
+def each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of each step of the first epoch, then those that it leaves over."""
+    left = set(range(num_rows))
+    for planned in plan.steps:
+        if planned.epoch == 0:
+            yield planned.rows
+            left -= set(planned.rows)
+    if left:
+        yield tuple(sorted(left))
