@@ -36,6 +36,10 @@ Format: TypeAlias = Literal["table", "csv", "json"]
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"}
 
 
+UPDATE_ROWS = {"pairs": "pairs", "samples": "scored answers", "accepted": "accepted answers"}
+"""What an update's rows are, by `trainers.training_data.Material`."""
+
+
 def harmless(text: str) -> str:
     """Return a text with all that a terminal would obey spelt out: control and bidirectional characters; not line ends.
 
@@ -282,8 +286,8 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "an iteration",
         f"{work.queries:,} queries → {work.responses:,} answers (≤ {work.response_tokens:,} tokens) → "
-        f"{work.critiques:,} critiques (≤ {work.critique_tokens:,} tokens) → ≤ {work.pairs:,} pairs, "
-        f"≤ {work.optimizer_steps:,} optimizer steps; ≤ {work.expert_labels:,} expert labels",
+        f"{work.critiques:,} critiques (≤ {work.critique_tokens:,} tokens) → "
+        f"≤ {work.rows:,} {UPDATE_ROWS[work.material]}, ≤ {work.optimizer_steps:,} optimizer steps; ≤ {work.expert_labels:,} expert labels",
     )
     rest = ", ".join(f"{size:,} {name}" for name, size in work.evaluation.items() if name != "probe")
     yield (

@@ -445,9 +445,18 @@ def test_an_iterations_work_is_what_the_config_multiplies_to(tmp_path: Path) -> 
     assert (work.queries, work.responses, work.response_tokens) == (10, 50, 350)
     assert (work.critiques, work.critique_tokens) == (100, 1100)
     # 0.07 of 50 verdicts are 3.5; each of two pairs a query has two of the five answers; two epochs of two steps of 16.
-    assert (work.expert_labels, work.pairs, work.optimizer_steps) == (3, 20, 4)
+    assert (work.expert_labels, work.optimizer_steps) == (3, 4)
+    assert (work.material, work.rows) == ("pairs", 20)
     # 40 proposals a query and 64 before the attacker gives up; 12 cells.
     assert (work.proposals, work.evaluation["sealed"]) == (464, 24)
+
+
+@pytest.mark.parametrize(("loss", "material"), [("rloo", "samples"), ("sft", "accepted")])
+def test_a_loss_of_answers_is_given_all_that_are_sampled_at_most(loss: str, material: str, tmp_path: Path) -> None:
+    flags = (f"loss.kind={loss}", "loop.queries_per_iteration=10", "rollouts.sampling.num_samples=5", "loop.epochs=1")
+    work = plan_of(tmp_path, *flags).work
+    # 50 answers are four steps of 16 at most.
+    assert (work.material, work.rows, work.optimizer_steps) == (material, 50, 4)
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("single", 0), ("majority", 0), ("experts_only", 38), ("shuffled", 38)])

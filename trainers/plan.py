@@ -45,6 +45,7 @@ from trainers.memory_estimate import (
     training_memory,
 )
 from trainers.run_config import BOOTSTRAP, RunConfig, tenants
+from trainers.training_data import Material, material_of
 
 ENDPOINT = "endpoint"
 """What a plan calls the learner's replicas that serve clients."""
@@ -100,7 +101,10 @@ class Work:
     critiques: int
     critique_tokens: int
     expert_labels: int
-    pairs: int
+    material: Material
+    """What the loss is given of it."""
+    rows: int
+    """Of the update: pairs, or responses."""
     optimizer_steps: int
     evaluation: Mapping[str, int]
     """Greedy answers by evaluation set; the probe set's after every iteration, the others' at the start and the end."""
@@ -393,7 +397,10 @@ def _work(config: RunConfig) -> Work:
     responses = queries * samples
     critiques = responses * config.critic.judging.num_critiques
     asks = config.oversight.kind not in ("single", "majority")
+    material = material_of(config.loss.kind)
+    assert material is not None, "the config's own check"
     pairs = queries * min(config.preferences.max_pairs_per_query, samples // 2)
+    rows = pairs if material == "pairs" else responses
     domain = domain_called(config.domain.kind, config.domain)
     cells = len(domain.cells())
     return Work(
@@ -405,8 +412,9 @@ def _work(config: RunConfig) -> Work:
         critiques=critiques,
         critique_tokens=critiques * config.critic.judging.max_tokens,
         expert_labels=math.floor(config.oversight.budget * responses) if asks else 0,
-        pairs=pairs,
-        optimizer_steps=config.loop.epochs * math.ceil(pairs / config.learner.training.batch_size),
+        material=material,
+        rows=rows,
+        optimizer_steps=config.loop.epochs * math.ceil(rows / config.learner.training.batch_size),
         evaluation={
             "sealed": cells * config.evaluation.sealed_per_cell,
             "attack set": config.evaluation.attack_set,
@@ -453,7 +461,7 @@ def _journal_bytes(config: RunConfig, *, work: Work) -> int:
 
     Far less is usual: answers are shorter than allowed, and like ones are compressed.
     """
-    rows = work.queries + 2 * work.responses + work.critiques + work.pairs
+    rows = work.queries + 2 * work.responses + work.critiques + (work.rows if work.material == "pairs" else 0)
     iteration = 200 * rows + 12 * work.response_tokens + 4 * work.critique_tokens
     once = sum(work.evaluation.values()) - work.evaluation["probe"]
     answers = 2 * once + (work.iterations + 1) * work.evaluation["probe"]
