@@ -287,7 +287,8 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         "an iteration",
         f"{work.queries:,} queries → {work.responses:,} answers (≤ {work.response_tokens:,} tokens) → "
         f"{work.critiques:,} critiques (≤ {work.critique_tokens:,} tokens) → "
-        f"≤ {work.rows:,} {UPDATE_ROWS[work.material]}, ≤ {work.optimizer_steps:,} optimizer steps; ≤ {work.expert_labels:,} expert labels",
+        f"≤ {work.rows:,} {UPDATE_ROWS[work.material]}, ≤ {work.optimizer_steps:,} optimizer steps; "
+        f"≤ {work.expert_labels:,} expert labels",
     )
     rest = ", ".join(f"{size:,} {name}" for name, size in work.evaluation.items() if name != "probe")
     yield (
