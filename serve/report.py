@@ -26,9 +26,9 @@ from plotly.offline import get_plotlyjs
 
 from serve import report_figures, report_journal, report_judges, report_story
 from serve.report_chart import Cell, Chart, Table
-from serve.report_journal import Journal, read_journal
+from serve.report_journal import TRAINED_FATES, Journal, read_journal
 from serve.report_samples import LIVE, MOST_CHARACTERS, PROPOSALS, Samples, link, pick_samples
-from serve.report_words import DASH, duration, number, percent
+from serve.report_words import DASH, duration, material_of_rows, number, percent
 from serve.visible_text import visible
 from trainers.summary import GainSummary, IterationMetrics, Summary, read_metrics, read_summary
 
@@ -72,7 +72,8 @@ def write_report(run_dir: Path) -> Path:
     """
     if not run_dir.is_dir():
         raise ValueError(f"report: got {run_dir}, wanted the directory of a run; `elenchus run CONFIG` makes one")
-    summary, rows, journal = read_summary(run_dir), read_metrics(run_dir), read_journal(run_dir)
+    summary, rows = read_summary(run_dir), read_metrics(run_dir)
+    journal = read_journal(run_dir, material=material_of_rows(rows))
     oversight, budget = _oversight(run_dir)
     samples = pick_samples(journal)
     sections = _sections(rows, journal, budget=budget)
@@ -200,7 +201,7 @@ def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: flo
             key="dropped",
             short="Drops",
             title="What was dropped, and why",
-            lead="Nothing vanishes: what became neither a query nor a pair is counted by its reason.",
+            lead="Nothing vanishes: what became neither a query nor part of an update is counted by its reason.",
             charts=(report_figures.proposals(rows), report_figures.pairs(rows)),
         ),
         _Section(
@@ -222,7 +223,7 @@ def _presets(samples: Samples, journal: Journal) -> list[_Preset]:
         ("critic failed a right answer", {"set": LIVE, "critic": "fail", "truth": report_journal.RIGHT}),
         ("critique could not be read", {"set": LIVE, "critic": report_journal.UNREADABLE}),
         ("expert gave no label", {"set": LIVE, "expert": report_journal.ABSTAINED}),
-        ("answers in trained pairs", {"set": LIVE, "fate": [report_journal.CHOSEN, report_journal.REJECTED]}),
+        ("answers trained on", {"set": LIVE, "fate": [fate for some in TRAINED_FATES.values() for fate in some]}),
         ("failed in the last iteration", {"set": LIVE, "iteration": last, "critic": "fail"}),
         ("sealed: learnt", {"set": "sealed", "iteration": last, "fate": report_journal.IMPROVED}),
         ("sealed: unlearnt", {"set": "sealed", "iteration": last, "fate": report_journal.WORSENED}),
@@ -286,15 +287,15 @@ def _tables(summary: Summary | None, rows: Sequence[IterationMetrics]) -> list[t
             "the simulated expert's answers."
         )
         found.append(("Gold: uses of computable truth as a label", note, _counts(summary.gold.model_dump())))
-        note = "Queries or candidates over the whole run, by reason."
-        found.append(("Dropped without a pair", note, _counts(summary.pairs.dropped)))
+        note = "Queries, answers or candidate pairs over the whole run, by reason."
+        found.append(("Dropped before the update", note, _counts(summary.pairs.dropped)))
     return found
 
 
 def _per_iteration(rows: Sequence[IterationMetrics]) -> Table:
     head = (
         *("iteration", "version", "probe accuracy", "live attack success", "critic agrees", "false pass"),
-        *("false fail", "AUROC", "to experts", "pairs", "parity, nats", "time"),
+        *("false fail", "AUROC", "to experts", "trained", "parity, nats", "time"),
     )
     lines = [
         (
@@ -316,7 +317,7 @@ def _per_iteration(rows: Sequence[IterationMetrics]) -> Table:
             ),
             Cell(
                 text=f"{row.pairs_trained:,}",
-                link=link(set=LIVE, iteration=row.iteration, fate=[report_journal.CHOSEN, report_journal.REJECTED]),
+                link=link(set=LIVE, iteration=row.iteration, fate=TRAINED_FATES[row.material]),
             ),
             Cell(text=DASH if row.parity_max_abs_diff is None else f"{row.parity_max_abs_diff:.1e}"),
             Cell(text=duration(row.wall_s)),

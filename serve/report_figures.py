@@ -41,17 +41,19 @@ from serve.report_chart import (
 )
 from serve.report_journal import Journal, cell_name
 from serve.report_samples import LIVE, PROPOSALS, link
-from serve.report_words import DASH, count, share_of
+from serve.report_words import DASH, TRAINED_ROWS, count, material_of_rows, share_of
 from trainers.summary import IterationMetrics
+from trainers.training_data import Material
 
 _FATES = {
     "all_pass": report_journal.ALL_PASS,
     "all_fail": report_journal.ALL_FAIL,
     "unjudged": report_journal.UNJUDGED,
     "no_verdict": report_journal.UNJUDGED,
+    "rejected": report_journal.FAILS,
 }
-"""Where the answers behind a reason are; what the margin or equal texts drop is among those in no pair."""
-PAIRED = (report_journal.CHOSEN, report_journal.REJECTED)
+"""Where the answers behind a reason are; what the margin or equal texts drop is among those in no
+pair, and an equal text among those trained on."""
 _MOST_TALL_CELLS = 40
 """A map of more kinds of problems has thinner lines."""
 _LEAST_REST_S = 0.05
@@ -233,17 +235,27 @@ def proposals(rows: Sequence[IterationMetrics]) -> Chart:
     )
 
 
+_TRAINED_CAPTIONS: dict[Material, str] = {
+    "pairs": "A pair needs an answer that passes and one that fails to the same query. All pass, all fail: queries; "
+    "the other reasons: answers or candidate pairs.",
+    "samples": "Every judged answer with the score of its verdict. The reasons count answers.",
+    "accepted": "Every answer that passes, each text once for a query. The reasons count answers.",
+}
+
+
 def pairs(rows: Sequence[IterationMetrics]) -> Chart:
-    """Return what became preference pairs and what was dropped, by reason."""
+    """Return what became rows of an update, of preference pairs mostly, and what was dropped, by reason."""
+    material = material_of_rows(rows)
+    fates = report_journal.TRAINED_FATES[material]
     series = [
         Series(
-            name="pairs trained",
+            name=f"{TRAINED_ROWS[material]} trained",
             values=[row.pairs_trained for row in rows],
-            links=[link(set=LIVE, iteration=row.iteration, fate=PAIRED) for row in rows],
+            links=[link(set=LIVE, iteration=row.iteration, fate=fates) for row in rows],
         )
     ]
     for reason in sorted({reason for row in rows for reason in row.pairs_dropped}):
-        fate = _FATES.get(reason, report_journal.UNPAIRED)
+        fate = _FATES.get(reason, report_journal.UNPAIRED if material == "pairs" else report_journal.TRAINED)
         series.append(
             Series(
                 name=f"dropped: {reason.replace('_', ' ')}",
@@ -253,9 +265,8 @@ def pairs(rows: Sequence[IterationMetrics]) -> Chart:
         )
     return Chart(
         key="pairs",
-        title="Pairs trained, and what gave none",
-        caption="A pair needs an answer that passes and one that fails to the same query. All pass, all fail: queries; "
-        "the other reasons: answers or candidate pairs.",
+        title="Pairs trained, and what gave none" if material == "pairs" else "Answers trained, and what was left out",
+        caption=_TRAINED_CAPTIONS[material],
         figure=stacked(rows, series, unit=""),
         keys=series_keys(series),
         table=series_table(rows, series),
@@ -275,7 +286,7 @@ def seconds(rows: Sequence[IterationMetrics]) -> Chart:
     if max(rest) >= _LEAST_REST_S:
         values["between stages"] = rest
     series = [
-        Series(name=stage.replace("_", " "), values=spent, links=[_stage_link(stage, row.iteration) for row in rows])
+        Series(name=stage.replace("_", " "), values=spent, links=[_stage_link(stage, row) for row in rows])
         for stage, spent in values.items()
     ]
     figure = stacked(rows, series, unit="s")
@@ -332,12 +343,13 @@ def tokens_per_s(rows: Sequence[IterationMetrics]) -> Chart:
     )
 
 
-def _stage_link(stage: str, iteration: int) -> str:
+def _stage_link(stage: str, row: IterationMetrics) -> str:
+    iteration = row.iteration
     match stage:
         case "judge":
             return link(set=LIVE, iteration=iteration, expert=report_journal.EXPERT_ANSWERS)
         case "pair" | "update":
-            return link(set=LIVE, iteration=iteration, fate=PAIRED)
+            return link(set=LIVE, iteration=iteration, fate=report_journal.TRAINED_FATES[row.material])
         case "publish" | "evaluate":
             return link(set="probe", iteration=iteration)
         case _:

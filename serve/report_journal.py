@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.rubrics import FAIL, PASS
+from trainers.training_data import Material
 
 AGREEMENT = "agreement"
 """The set of live answers on which the critic is compared with truth."""
@@ -26,14 +27,22 @@ EXPERT_ANSWERS = (AGREED, OVERRULED, DECIDED, ABSTAINED)
 """What can have come of asking an expert."""
 RIGHT, WRONG = "right", "wrong"
 IMPROVED, WORSENED = "improved", "worsened"
-CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED = (
+CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, FAILS = (
     "chosen",
     "rejected",
     "in no pair",
     "all pass",
     "all fail",
     "unjudged",
+    "trained on",
+    "fails",
 )
+TRAINED_FATES: dict[Material, tuple[str, ...]] = {
+    "pairs": (CHOSEN, REJECTED),
+    "samples": (TRAINED,),
+    "accepted": (TRAINED,),
+}
+"""What became of the answers that an update was made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +65,7 @@ class LiveAnswer:
     label: str | None
     """The verdict that counted."""
     fate: str
-    """What training made of it: "chosen" or "rejected" in a pair, else why not."""
+    """What training made of it: "chosen" or "rejected" in a pair, "trained on" without pairs, else why not."""
     broke: bool
     """Whether its query was a success of the attacker: the critic failed at least half of the judged answers."""
 
@@ -116,8 +125,8 @@ class Journal:
         return dict(by_set)
 
 
-def read_journal(run_dir: Path) -> Journal:
-    """Return what a run's journal holds of its committed iterations."""
+def read_journal(run_dir: Path, *, material: Material = "pairs") -> Journal:
+    """Return what a run's journal holds of its committed iterations, whose updates were made of a material."""
     commits = sorted((run_dir / "journal").glob("iteration=*/COMMIT.json"))
     directories = {int(path.parent.name.removeprefix("iteration=")): path.parent for path in commits}
     live: list[LiveAnswer] = []
@@ -127,7 +136,7 @@ def read_journal(run_dir: Path) -> Journal:
         columns = ["answer_id", "set_name", "item", "facets", "correct", "well_formed"]
         evaluations = _rows(directory, "evaluations", columns=columns)
         truth = {row["answer_id"]: row["correct"] for row in evaluations if row["set_name"] == AGREEMENT}
-        live += _live_answers(directory, iteration, truth)
+        live += _live_answers(directory, iteration, truth, material)
         graded += [_graded(row, iteration) for row in evaluations if row["set_name"] != AGREEMENT]
         proposals += [
             DroppedProposal(
@@ -152,7 +161,7 @@ def cell_name(facets: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------------- live answers
 
 
-def _live_answers(directory: Path, iteration: int, truth: Mapping[str, bool]) -> list[LiveAnswer]:
+def _live_answers(directory: Path, iteration: int, truth: Mapping[str, bool], material: Material) -> list[LiveAnswer]:
     columns = ["query_id", "response_id", "label", "source", "escalated"]
     verdicts = sorted(_rows(directory, "verdicts", columns=columns), key=lambda row: row["response_id"])
     cells = {
@@ -160,7 +169,10 @@ def _live_answers(directory: Path, iteration: int, truth: Mapping[str, bool]) ->
     }
     scores = _scores(directory)
     critics = {row["response_id"]: _critic_label(scores.get(row["response_id"])) for row in verdicts}
-    fates = _fates(verdicts, _rows(directory, "pairs", columns=["chosen_id", "rejected_id"]))
+    if material == "pairs":
+        fates = _fates(verdicts, _rows(directory, "pairs", columns=["chosen_id", "rejected_id"]))
+    else:
+        fates = {row["response_id"]: _fate_alone(row["label"], material) for row in verdicts}
     broken = _broken(verdicts, critics)
     return [
         LiveAnswer(
@@ -216,6 +228,13 @@ def _fates(verdicts: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, A
         why = UNPAIRED if len(said) == 2 else ALL_PASS if PASS in said else ALL_FAIL
         fates.setdefault(row["response_id"], UNJUDGED if row["label"] is None else why)
     return fates
+
+
+def _fate_alone(label: str | None, material: Material) -> str:
+    """Return what became of an answer that stands for itself (`trainers.training_data`)."""
+    if label is None:
+        return UNJUDGED
+    return TRAINED if label == PASS or material == "samples" else FAILS
 
 
 def _broken(verdicts: Sequence[Mapping[str, Any]], critics: Mapping[str, str]) -> set[str]:

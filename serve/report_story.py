@@ -9,7 +9,18 @@ from serve import report_journal
 from serve.report_chart import Cell
 from serve.report_journal import Journal
 from serve.report_samples import LIVE, link
-from serve.report_words import DASH, count, duration, interval, number, percent, points, share_of
+from serve.report_words import (
+    DASH,
+    TRAINED_ROWS,
+    count,
+    duration,
+    interval,
+    material_of_rows,
+    number,
+    percent,
+    points,
+    share_of,
+)
 from trainers import statistics
 from trainers.statistics import paired_gain
 from trainers.summary import AgreementMetrics, CountedBeforeAfter, IterationMetrics, Summary
@@ -137,7 +148,11 @@ def _expert_sentence(rows: Sequence[IterationMetrics], summary: Summary | None) 
 
 
 def _pairs_sentence(rows: Sequence[IterationMetrics]) -> str:
-    trained = sum(row.pairs_trained for row in rows)
+    trained, material = sum(row.pairs_trained for row in rows), material_of_rows(rows)
+    if material == "samples":
+        return f"The learner was trained on {count(trained, 'answer')}, each with the score of its verdict."
+    if material == "accepted":
+        return f"The learner was trained on {count(trained, 'answer')} that passed."
     if not trained:
         return "No pair of a passing and a failing answer came of it: nothing was trained."
     return (
@@ -329,16 +344,16 @@ def _expert_facts(rows: Sequence[IterationMetrics], journal: Journal, *, budget:
 
 
 def _run_facts(summary: Summary | None, rows: Sequence[IterationMetrics]) -> list[Fact]:
-    dropped = sum(sum(row.pairs_dropped.values()) for row in rows)
+    dropped, material = sum(sum(row.pairs_dropped.values()) for row in rows), material_of_rows(rows)
     parity = max((row.parity_max_abs_diff for row in rows if row.parity_max_abs_diff is not None), default=None)
     parity = summary.parity_max_abs_diff if summary else parity
     found = [
         Fact(
-            name="Preference pairs trained",
+            name=f"{TRAINED_ROWS[material].capitalize()} trained",
             detail=f"{dropped:,} queries or answers gave none",
             value=Cell(
                 text=f"{sum(row.pairs_trained for row in rows):,}",
-                link=link(set=LIVE, fate=[report_journal.CHOSEN, report_journal.REJECTED]),
+                link=link(set=LIVE, fate=report_journal.TRAINED_FATES[material]),
             ),
         ),
         Fact(

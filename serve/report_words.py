@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainers.statistics import Share, wilson
+from trainers.summary import IterationMetrics
+from trainers.training_data import Material
 
 DASH = "–"
 """Stands for what was not measured."""
+TRAINED_ROWS: dict[Material, str] = {
+    "pairs": "pairs",
+    "samples": "scored answers",
+    "accepted": "passing answers",
+}
+"""What the rows of an update are called."""
+
+
+def material_of_rows(rows: Sequence[IterationMetrics]) -> Material:
+    """Return what a run's updates were made of; a run has one loss."""
+    return rows[0].material if rows else "pairs"
 
 
 def percent(value: float | None) -> str:

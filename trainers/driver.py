@@ -197,7 +197,9 @@ class Driver:
         self._domain = domain
         self._gold = gold
         self._config = config
-        self._material = material_of(config.loss)
+        material = material_of(config.loss)
+        assert material is not None, "the config's own check"
+        self._material = material
         self._progress = progress
         self._stop = stop
         self._journal = Journal(store)
@@ -481,6 +483,7 @@ class Driver:
             critic_agreement=agreement_of(live),
             experts_asked=sum(verdict.escalated for verdict in prepared.verdicts),
             num_verdicts=sum(verdict.label is not None for verdict in critic_alone),
+            material=self._material,
             pairs_trained=len(data.row_ids),
             pairs_dropped=dict(data.dropped),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from cluster.config import Config
 from cluster.durable_files import write_bytes_atomic
 from trainers.statistics import Agreement, PairedGain
+from trainers.training_data import Material
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -96,14 +97,16 @@ class IterationMetrics(Config):
     """Expert labels asked for in this iteration, every purpose included."""
     num_verdicts: Count
     """Answers judged in this iteration: what the experts' budget is a share of."""
+    material: Material = "pairs"
+    """What the loss was given: preference pairs, scored answers or accepted ones."""
     pairs_trained: Count
-    """Preference pairs trained on."""
+    """Rows of it trained on."""
     pairs_dropped: dict[str, Count]
-    """Queries or candidates that gave no pair, by reason."""
+    """Queries, answers or candidate pairs that gave none, by reason."""
     proposals: dict[str, Count]
     """The attacker's proposals by what became of them (accepted, invalid, repeated, ...)."""
     sample_ages: dict[int, Count] = Field(default_factory=dict)
-    """Samples in the trained pairs by age: how many policy versions the weights that made one were behind those that
+    """Samples in the trained rows by age: how many policy versions the weights that made one were behind those that
     were trained on it."""
     lost: dict[str, Count] = Field(default_factory=dict)
     """Requests that no replica answered after all attempts, by stage; missing, never counted as failed."""
