@@ -359,6 +359,30 @@ def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
         *("unjudged", "all fail"),
         *("in no pair", "in no pair"),
     ]
+    # Without pairs every judged answer, or every one that passes, was trained on.
+    scored = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="samples").live}
+    assert Counter(scored.values()) == {"trained on": 7, "unjudged": 3}
+    accepted = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="accepted").live}
+    assert Counter(accepted.values()) == {"trained on": 3, "fails": 4, "unjudged": 3}
+
+
+@pytest.mark.parametrize(
+    ("material", "says", "fact"),
+    [
+        ("samples", "trained on 180 answers, each with the score of its verdict", "Scored answers trained"),
+        ("accepted", "trained on 180 answers that passed", "Passing answers trained"),
+    ],
+)
+def test_a_loss_of_answers_is_not_told_of_as_one_of_pairs(material: Any, says: str, fact: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.dumps({**json.loads(line), "material": material}) + "\n" for line in lines]
+    (run / "metrics.jsonl").write_text("".join(rows))
+    page = _Page(write_report(run).read_text(encoding="utf-8"))
+    assert says in page.text
+    assert fact in page.text
+    assert "Answers trained, and what was left out" in page.text
+    assert "of a passing and a failing answer" not in page.text
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
