@@ -114,7 +114,7 @@ def test_a_corrupt_bucket_is_refused_and_the_old_version_keeps_answering(tmp_pat
             manifest, probe = spoilt.publish("v2", seed=2)
             parts = [part.copy() for part in ray.get(manifest.buckets[-1].ref)]
             parts[-1][-1] ^= 1
-            bad = replace(manifest.buckets[-1], ref=ray.put(parts))
+            bad = replace(manifest.buckets[-1], ref=ray.put(parts), node_id="another")
             with pytest.raises(SyncFailed, match="CorruptBucket"):
                 await sync_weights(
                     pool,
