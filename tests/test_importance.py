@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.pair_tables import pair_table
 from trainers.batches import pair_rows
-from trainers.deepspeed_worker import _corrected, _Reference
 from trainers.importance import ImportanceConfig, correction
+from trainers.update_start import Reference, corrected
 
 LOG_RATIOS = np.array([0.0, math.log(2.0), math.log(5.0), -1.0, 0.0])
 STALE = np.array([True, True, True, True, False])
@@ -68,11 +68,11 @@ def test_the_corrected_gradient_of_a_bandit_is_unbiased_and_the_uncorrected_one_
 def test_the_factors_reach_the_loss_and_not_its_denominators() -> None:
     rows = pair_rows(pair_table(ages=[0, 1, 1], shift=0.25))
     sampled = np.array([[c.sum(), r.sum()] for c, r in rows.rollout_logprobs or ()])
-    reference = _Reference(
+    reference = Reference(
         sums=torch.from_numpy(sampled).float() + torch.tensor([[0.0, 0.0], [0.5, 0.0], [4.0, 4.0]]),
         gaps=torch.tensor([[0.0, 0.0], [0.5, 0.0], [4.0, 4.0]]),
     )
-    corrected, said = _corrected(rows, reference, ImportanceConfig())
+    corrected, said = corrected(rows, reference, ImportanceConfig())
     assert corrected.correction == pytest.approx([1.0, math.exp(0.5), 3.0], rel=1e-5)
     assert corrected.totals([0, 1, 2]) == rows.totals([0, 1, 2])
     num_tokens = rows.chosen_lengths + rows.rejected_lengths
