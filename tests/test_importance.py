@@ -72,9 +72,9 @@ def test_the_factors_reach_the_loss_and_not_its_denominators() -> None:
         sums=torch.from_numpy(sampled).float() + torch.tensor([[0.0, 0.0], [0.5, 0.0], [4.0, 4.0]]),
         gaps=torch.tensor([[0.0, 0.0], [0.5, 0.0], [4.0, 4.0]]),
     )
-    corrected, said = corrected(rows, reference, ImportanceConfig())
-    assert corrected.correction == pytest.approx([1.0, math.exp(0.5), 3.0], rel=1e-5)
-    assert corrected.totals([0, 1, 2]) == rows.totals([0, 1, 2])
+    found, said = corrected(rows, reference, ImportanceConfig())
+    assert found.correction == pytest.approx([1.0, math.exp(0.5), 3.0], rel=1e-5)
+    assert found.totals([0, 1, 2]) == rows.totals([0, 1, 2])
     num_tokens = rows.chosen_lengths + rows.rejected_lengths
     assert said["rollout_gap"] == 0.0
     assert said["rollout_gap_stale"] == pytest.approx(8.5 / num_tokens[1:].sum())
