@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def test_clients_see_versions_change_and_no_error_while_a_run_trains(sit: Callable[..., Sitting], home: Path) -> None:
     port, run = free_port(), home / "runs" / "served"
-    flags = ("--loop.iterations", "60", "--serve.enabled", "true", "--serve.port", str(port))
+    flags = ("--loop.iterations", "1000", "--serve.enabled", "true", "--serve.port", str(port))
     sitting = sit("run", "tiny.toml", "--name", run.name, *flags)
     deadline = time.monotonic() + 400
     while living_endpoint(run) is None:
