@@ -56,11 +56,7 @@ async def measure(*, quick: bool) -> list[Figure]:
         model = write_base_model(Path(folder) / "model", BaseModelConfig(), seed=0)
         # The demo's model and engine; random weights seldom end an answer, so nearly all have their full length.
         engine = EngineConfig(model=str(model))
-        pool: Pool[GenerationRequest, Completion] = Pool(
-            name="bench",
-            start_replica=lambda number: start_engine_replica(engine, replica_id=number, num_cpus=0.2),
-            num_replicas=1,
-        )
+        pool = engine_pool(engine)
         plain = PlainProcess(environment=engine_environment(engine), niceness=worker_niceness())
         try:
             await pool.start()
@@ -69,6 +65,15 @@ async def measure(*, quick: bool) -> list[Figure]:
         finally:
             plain.close()
             await pool.shutdown()
+
+
+def engine_pool(engine: EngineConfig) -> Pool[GenerationRequest, Completion]:
+    """Return a pool of one replica, not started yet."""
+    return Pool(
+        name="bench",
+        start_replica=lambda number: start_engine_replica(engine, replica_id=number, num_cpus=0.2),
+        num_replicas=1,
+    )
 
 
 async def _measure(

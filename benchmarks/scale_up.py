@@ -18,12 +18,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from actors.engine import engine_environment, start_engine_replica
+from actors.engine import engine_environment
 from actors.engine_config import EngineConfig
 from actors.generation import Completion, GenerationRequest
 from benchmarks.figure import Figure, in_turns
 from benchmarks.plain_process import PlainProcess, worker_niceness
-from benchmarks.pool_speed import generate, learner_requests, open_engine, plain_prompts
+from benchmarks.pool_speed import engine_pool, generate, learner_requests, open_engine, plain_prompts
 from cluster.pool import Pool
 from trainers.base_model import BaseModelConfig, write_base_model
 
@@ -36,11 +36,7 @@ async def measure(*, quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="elenchus-bench-") as folder:
         model = write_base_model(Path(folder) / "model", BaseModelConfig(), seed=0)
         engine = EngineConfig(model=str(model))
-        pool: Pool[GenerationRequest, Completion] = Pool(
-            name="bench",
-            start_replica=lambda number: start_engine_replica(engine, replica_id=number, num_cpus=0.2),
-            num_replicas=1,
-        )
+        pool = engine_pool(engine)
         prompts = plain_prompts(requests, model)[:1]
         niceness = worker_niceness()
 

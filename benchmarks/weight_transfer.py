@@ -2,7 +2,7 @@
 
     weight_sync         put_weights in the publisher + sync_weights over a pool of one engine replica, parity probe
                         included, ÷ (memcpy of the bytes + vLLM's own reload of the same tensors in a plain process)
-    weight_transport    put_weights + one reader that holds every tensor, checked, ÷ memcpy of the bytes
+    weight_transport    put_weights + one reader on the same node that holds every tensor ÷ memcpy of the bytes
     weight_transport_4  the same with four readers at once ÷ with one
 
 The publisher is a Ray actor that holds a transformers model, as rank 0 of a training group does; a reader is a Ray
@@ -26,12 +26,11 @@ import numpy as np
 import ray
 import torch
 
-from actors.engine import engine_environment, make_vllm_engine, start_engine_replica
+from actors.engine import engine_environment, make_vllm_engine
 from actors.engine_config import EngineConfig
-from actors.generation import Completion, GenerationRequest
 from benchmarks.figure import Figure, in_turns
 from benchmarks.plain_process import PlainProcess, worker_niceness
-from cluster.pool import Pool
+from benchmarks.pool_speed import engine_pool
 from cluster.weight_sync import sync_weights
 from cluster.weights import ParityProbe, WeightManifest, iter_tensors, put_weights
 from trainers.base_model import BaseModelConfig, write_base_model
@@ -99,11 +98,7 @@ async def _transport(publisher: Any, readers: list[Any], *, num_rounds: int) -> 
 
 async def _sync(publisher: Any, model: Path, *, num_rounds: int) -> Figure:
     engine = EngineConfig(model=str(model), max_num_seqs=16, kv_cache_gb=0.25)
-    pool: Pool[GenerationRequest, Completion] = Pool(
-        name="bench",
-        start_replica=lambda number: start_engine_replica(engine, replica_id=number, num_cpus=0.2),
-        num_replicas=1,
-    )
+    pool = engine_pool(engine)
     plain = PlainProcess(environment=engine_environment(engine), niceness=worker_niceness())
     reload_s: list[float] = []
     versions = iter(range(1, 10_000))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -201,12 +200,8 @@ def parity(answer: WeightAnswer, *, version: str, probe: ParityProbe) -> float:
 
 
 def _put_bucket(parts: list[Bytes]) -> Bucket:
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        # Ray copies without the interpreter's lock, and so does NumPy add up.
-        found = beside.submit(_chained, parts)
-        ref = ray.put(parts)
     size_bytes = sum(part.size for part in parts)
-    return Bucket(ref=ref, size_bytes=size_bytes, checksum=found.result(), node_id=_node_id())
+    return Bucket(ref=ray.put(parts), size_bytes=size_bytes, checksum=_chained(parts), node_id=_node_id())
 
 
 def _node_id() -> str:

@@ -14,6 +14,7 @@ import pytest
 from cluster.ray_runtime import RayConfig, mapped_shm, shm_files, start_ray
 from serve.front import front_environment
 from tests.endpoint_load import MAX_OPEN_SAMPLES
+from tests.one_loop import Loop
 from tests.sitting import CONFIG, UNTRAINED, Sitting
 from trainers.serving_config import ServingConfig
 
@@ -52,6 +53,14 @@ def _nothing_is_left_behind() -> Iterator[None]:
     # Other programs of this machine use /dev/shm too: a file that a living process maps is not ours.
     files = sorted(name for name in shm_files() - shm_before if f"/dev/shm/{name}" not in mapped_shm())
     assert not files, f"files left in /dev/shm: {files}"
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    """One event loop for all tests of a module."""
+    loop = Loop()
+    yield loop
+    loop.close()
 
 
 @pytest.fixture(scope="session")

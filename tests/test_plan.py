@@ -18,6 +18,7 @@ import trainers.plan
 from actors.engine_config import EngineConfig
 from actors.model_directory import num_parameters
 from cluster.machine import Gpu, Machine
+from tests.machines import TWO_CORES
 from tests.tiny_models import write_gpt2, write_llama
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.memory_estimate import (
@@ -41,14 +42,6 @@ from trainers.plan import Plan, changed_keys, plan_run
 from trainers.run_config import RunConfig, load_run_config, read_resolved
 from trainers.training_config import TrainingConfig
 
-MACHINE = Machine(
-    system="Linux x86_64",
-    num_cpus=2,
-    memory_bytes=24 * GIB,
-    free_memory_bytes=20 * GIB,
-    gpus=(),
-    shm_bytes=12 * GIB,
-)
 DEMO_PARAMETERS = 341_760
 
 
@@ -75,7 +68,7 @@ def config_of(folder: Path, *flags: str) -> RunConfig:
     return load_run_config([], flags=[("runs_dir", str(folder / "runs")), *pairs])
 
 
-def plan_of(folder: Path, *flags: str, machine: Machine | None = MACHINE) -> Plan:
+def plan_of(folder: Path, *flags: str, machine: Machine | None = TWO_CORES) -> Plan:
     return plan_run(config_of(folder, *flags), machine=machine)
 
 
@@ -363,7 +356,7 @@ def test_a_device_that_the_installed_vllm_is_not_built_for_is_named(tmp_path: Pa
 
 
 def test_a_driver_that_does_not_answer_is_told_of_where_gpus_are_missing(tmp_path: Path) -> None:
-    mute = replace(MACHINE, gpu_error="nvidia-smi gave no answer within 30 s")
+    mute = replace(TWO_CORES, gpu_error="nvidia-smi gave no answer within 30 s")
     assert plan_of(tmp_path, machine=mute).problems == ()
     found = plan_of(tmp_path, "critic.engine.device=cuda", machine=mute).problems
     assert "the 0 that are here (nvidia-smi gave no answer within 30 s): lower" in found[0]
@@ -490,7 +483,7 @@ def test_what_is_not_at_its_default_is_listed() -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Give what runs `elenchus plan` with flags, on a machine of two cores."""
-    monkeypatch.setattr(cluster.machine, "this_machine", lambda: MACHINE)
+    monkeypatch.setattr(cluster.machine, "this_machine", lambda: TWO_CORES)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return lambda *words: elenchus.main(["plan", *words, f"runs_dir={tmp_path / 'runs'}"])
 

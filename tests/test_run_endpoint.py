@@ -12,23 +12,14 @@ from typing import Any
 import pytest
 
 import elenchus
-from cluster.machine import Machine
 from serve.manifest import Target, run_manifest
 from serve.run_endpoint import RunEndpoint, serving_problems
+from tests.machines import TWO_CORES
 from tests.served_run import commit_version, free_port, make_run
-from trainers.memory_estimate import GIB, SERVE_BYTES
+from trainers.memory_estimate import SERVE_BYTES
 from trainers.plan import Plan, plan_run
 from trainers.preflight import reserved
 from trainers.run_config import RunConfig, load_run_config
-
-MACHINE = Machine(
-    system="Linux x86_64",
-    num_cpus=2,
-    memory_bytes=24 * GIB,
-    free_memory_bytes=20 * GIB,
-    gpus=(),
-    shm_bytes=12 * GIB,
-)
 
 
 def config_of(run: Path, *flags: str) -> RunConfig:
@@ -102,7 +93,7 @@ def test_an_endpoint_that_fails_is_told_of_and_the_run_goes_on(tmp_path: Path) -
 
 def test_the_endpoints_replicas_are_counted_where_a_run_is_placed(tmp_path: Path) -> None:
     def planned(*flags: str) -> Plan:
-        return plan_run(config_of(tmp_path / "mine", *flags), machine=MACHINE)
+        return plan_run(config_of(tmp_path / "mine", *flags), machine=TWO_CORES)
 
     without, served = planned("serve.enabled=false"), planned("serve.min_replicas=2")
     assert "endpoint" not in {role.role for role in without.roles}

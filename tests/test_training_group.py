@@ -9,9 +9,9 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from cluster.weights import iter_tensors
+from tests.one_loop import Loop
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.logprobs import token_logprobs
 from trainers.losses import dpo, sft
@@ -79,26 +80,6 @@ def pair_table(order: list[int] | None = None) -> pa.Table:
         }
     )
     return table if order is None else table.take(pa.array(order))
-
-
-class Loop:
-    """One event loop for all tests: a group's calls belong to the loop they were first made on."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(call, 300))
-
-    def close(self) -> None:
-        self._loop.close()
-
-
-@pytest.fixture(scope="module")
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture(scope="module")

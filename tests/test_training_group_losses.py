@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import pytest
@@ -15,6 +14,7 @@ import torch
 
 from cluster.config import plugin_names
 from cluster.weights import iter_tensors
+from tests.one_loop import Loop
 from tests.tiny_models import write_llama
 from trainers.logprobs import token_logprobs
 from trainers.losses import PairBatch, UnpairedBatch, gce, kto, load_loss, span_noise, token_noise
@@ -64,26 +64,6 @@ def pair_table() -> pa.Table:
             "margin": [MARGIN] * len(IDS),
         }
     )
-
-
-class Loop:
-    """One event loop for all tests: a group's calls belong to the loop they were first made on."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(call, 300))
-
-    def close(self) -> None:
-        self._loop.close()
-
-
-@pytest.fixture(scope="module")
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +13,7 @@ from safetensors import safe_open
 
 from cluster.config import Config
 from cluster.weights import iter_tensors
+from tests.one_loop import Loop
 from tests.tiny_models import write_llama
 from trainers.logprobs import token_logprobs
 from trainers.losses import grpo, ppo, reinforce_pp, relc, rloo
@@ -93,26 +93,6 @@ COLUMNS = (
     "segment_rewards",
     "score",
 )
-
-
-class Loop:
-    """One event loop for all tests: a group's calls belong to the loop they were first made on."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(call, 300))
-
-    def close(self) -> None:
-        self._loop.close()
-
-
-@pytest.fixture(scope="module")
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -316,7 +316,9 @@ class DeepSpeedRank:
         mismatched: tuple[Tensor, ...] = ()
         if module.batch is UnpairedBatch:
             assert isinstance(rows, PairRows), "unpaired responses come as pairs"
-            mismatched = tuple(self._sums(rows.mismatched(step.rows)) for step in plan.steps)
+            mismatched = tuple(
+                self._logprobs_of_pairs(rows.mismatched(step.rows), [range(len(step.rows))]).sums for step in plan.steps
+            )
         self._update = _Update(
             plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums, mismatched=mismatched
         )
@@ -526,12 +528,14 @@ class DeepSpeedRank:
         """
         if not isinstance(rows, PairRows):
             return None
+        return self._logprobs_of_pairs(rows, each_row_once(plan, num_rows=len(rows.lengths)))
+
+    def _logprobs_of_pairs(self, rows: PairRows, parts: Iterable[Sequence[int]]) -> Reference:
+        """Return the log-probs by the weights as they are now, laid out part by part; every row is in one."""
         num_rows = len(rows.lengths)
         sums, gaps = torch.zeros(num_rows, 2, device=self._device), torch.zeros(num_rows, 2, device=self._device)
-        for planned in plan.steps:
-            if planned.epoch > 0:
-                break
-            for micro, forward in self._evaluated(rows, planned.rows):
+        for chosen in parts:
+            for micro, forward in self._evaluated(rows, chosen):
                 if micro:
                     sums[list(micro)] = sequence_logprobs(forward.logprobs, forward.mask).view(2, -1).T
                     gaps[list(micro)] = rows.rollout_gaps(micro, forward.logprobs, forward.mask)
@@ -558,15 +562,6 @@ class DeepSpeedRank:
         dist.all_reduce(old)  # each row is 0 on all ranks but one: the sum is exact
         logprobs, *values = old.cpu()
         return estimated(rows, logprobs, values=values[0] if values else None, loss=loss, config=config)
-
-    def _sums(self, rows: PairRows) -> Tensor:
-        """Return [rows, 2] fp32: the summed log-probs of chosen and rejected by the weights as they are now."""
-        sums = torch.zeros(len(rows.lengths), 2, device=self._device)
-        for micro, forward in self._evaluated(rows, range(len(rows.lengths))):
-            if micro:
-                sums[list(micro)] = sequence_logprobs(forward.logprobs, forward.mask).view(2, -1).T
-        dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
-        return sums.cpu()
 
     def _refuse_long(self, rows: Rows) -> None:
         if self._max_positions is not None and len(rows.lengths) and rows.lengths.max() > self._max_positions:

@@ -12,9 +12,9 @@ torch is imported inside the functions: settings are read without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster import config as settings
 from trainers.advantages import Estimates, Samples
@@ -51,6 +51,21 @@ class PolicyConfig(settings.Config):
     """Least such ratio, of the two masks."""
     temperature: float = Field(default=1.0, gt=0.0)
     """That of the sampling: log-probs are taken at it."""
+
+
+class TokenMeansConfig(PolicyConfig):
+    """What the losses can be set to besides that average over tokens in a way of one's choice."""
+
+    reduction: Reduction = "tok-mean"
+    """How tokens are averaged: "tok-mean", "seq-mean", "seq-sum" or "const"."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Greatest length of a response (tokens); what "const" divides by."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.reduction == "const" and self.max_tokens is None:
+            raise ValueError('max_tokens: got nothing with reduction = "const", wanted the greatest length in tokens')
+        return self
 
 
 @runtime_checkable

@@ -40,7 +40,7 @@ from trainers.evaluation import EvaluationConfig
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
 from trainers.losses import load_loss
-from trainers.policy_gradient import PolicyConfig
+from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
 from trainers.preferences import PreferenceConfig
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
@@ -354,7 +354,8 @@ def _learning(config: RunConfig) -> Iterator[str]:
             f'loss.kind: got "{kind}" with learner.training.value_head = false, wanted true: it learns what a response '
             "will score; or use grpo, rloo, reinforce_pp"
         )
-    longest, most = config.loss.model_dump().get("max_tokens"), config.rollouts.sampling.max_tokens
+    longest = config.loss.max_tokens if isinstance(config.loss, TokenMeansConfig) else None
+    most = config.rollouts.sampling.max_tokens
     if longest is not None and longest != most:
         yield f"loss.max_tokens: got {longest}, wanted rollouts.sampling.max_tokens = {most}: no response is longer"
     temperature = config.rollouts.sampling.temperature

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from cluster.config import Config
 from trainers.advantages import informative
-from trainers.batches import PairRows, Rows, SampleRows, TrainingPlan, pair_rows, token_rows
+from trainers.batches import Floats, Ids, PairRows, Rows, SampleRows, TrainingPlan, pair_rows, token_rows
 from trainers.importance import ImportanceConfig, correction
 from trainers.losses import Loss, PairBatch, TokenBatch, UnpairedBatch
 from trainers.policy_gradient import PolicyConfig, PolicyLoss
@@ -74,11 +75,23 @@ def corrected(rows: PairRows, reference: Reference, config: ImportanceConfig) ->
     factors = correction(log_ratios, stale=stale, config=config)
     gaps = reference.gaps.double().numpy().sum(axis=1)
     num_tokens = rows.chosen_lengths + rows.rejected_lengths
-    said = {"importance_mean": float(factors.mean()), "stale_share": float(stale.mean())}
+    said = {"importance_mean": float(factors.mean()), **_staleness(gaps, num_tokens=num_tokens, stale=stale)}
+    return replace(rows, correction=factors), said
+
+
+def _staleness(gaps: Floats, *, num_tokens: Ids, stale: npt.NDArray[np.bool_]) -> dict[str, float]:
+    """Return the share of rows of older weights, and the mean gap (nats per token) of the others and of these.
+
+    Args:
+        gaps: (rows,) sums over response tokens of |log-prob - as sampled|.
+        num_tokens: (rows,)
+        stale: (rows,)
+    """
+    said = {"stale_share": float(stale.mean())}
     for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
         if chosen.any():
             said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
-    return replace(rows, correction=factors), said
+    return said
 
 
 def estimated(
@@ -105,11 +118,8 @@ def estimated(
     }
     if rows.rollout_logprobs is not None:
         gaps = torch.where(samples.mask, (old_logprobs - rows.rollout_logprobs).abs(), 0.0).double().sum(dim=1)
-        stale, num_tokens = torch.from_numpy(rows.ages > 0), samples.mask.sum(dim=1)
-        said["stale_share"] = float(stale.double().mean())
-        for name, chosen in (("rollout_gap", ~stale), ("rollout_gap_stale", stale)):
-            if bool(chosen.any()):
-                said[name] = float(gaps[chosen].sum() / num_tokens[chosen].sum())
+        num_tokens = samples.mask.sum(dim=1).numpy()
+        said |= _staleness(gaps.numpy(), num_tokens=num_tokens, stale=rows.ages > 0)
     return rows.with_signals(samples, found), said
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from trainers.advantages import Estimates, Samples
 from trainers.kl import estimate
 from trainers.losses import LossOutput, Reduction, TokenBatch
-from trainers.policy_gradient import PolicyConfig, policy_loss
+from trainers.policy_gradient import TokenMeansConfig, policy_loss
 
 batch = TokenBatch
 uses_reference = True
@@ -32,7 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-class Config(PolicyConfig):
+class Config(TokenMeansConfig):
     """Settings of GRPO."""
 
     form: Literal["grpo", "dapo", "dr_grpo", "gspo"] = "grpo"

@@ -10,19 +10,19 @@ Ours differs from the paper's eq 9 in having no entropy bonus; the KL to the ref
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from trainers.advantages import Estimates, Samples
-from trainers.losses import LossOutput, Reduction, TokenBatch
-from trainers.policy_gradient import PolicyConfig, policy_loss
+from trainers.losses import LossOutput, TokenBatch
+from trainers.policy_gradient import TokenMeansConfig, policy_loss
 
 batch = TokenBatch
 uses_reference = True
 
 
-class Config(PolicyConfig):
+class Config(TokenMeansConfig):
     """Settings of PPO."""
 
     needs_values: ClassVar[bool] = True
@@ -43,16 +43,6 @@ class Config(PolicyConfig):
     """The value model earns nothing by moving further than this from what it expected at the update's start."""
     value_coefficient: float = Field(default=0.1, ge=0.0)
     """Weight of the value model's loss."""
-    reduction: Reduction = "tok-mean"
-    """How tokens are averaged: "tok-mean", "seq-mean", "seq-sum" or "const"."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Greatest length of a response (tokens); what "const" divides by."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.reduction == "const" and self.max_tokens is None:
-            raise ValueError('max_tokens: got nothing with reduction = "const", wanted the greatest length in tokens')
-        return self
 
 
 def advantages(samples: Samples, config: Config) -> Estimates:

@@ -6,35 +6,23 @@ mean 0 and (population) variance 1. With `baseline` each score first loses its g
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from trainers.advantages import Estimates, Samples
-from trainers.losses import LossOutput, Reduction, TokenBatch
-from trainers.policy_gradient import PolicyConfig, policy_loss
+from trainers.losses import LossOutput, TokenBatch
+from trainers.policy_gradient import TokenMeansConfig, policy_loss
 
 batch = TokenBatch
 uses_reference = True
 
 
-class Config(PolicyConfig):
+class Config(TokenMeansConfig):
     """Settings of REINFORCE++."""
 
     baseline: bool = False
     """true: scores are centred within their group first; needs several responses to a prompt."""
     kl_coefficient: float = Field(default=0.01, ge=0.0)
     """Price of a nat of KL to the reference, taken off each token's reward (k1)."""
-    reduction: Reduction = "tok-mean"
-    """How tokens are averaged: "tok-mean", "seq-mean", "seq-sum" or "const"."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Greatest length of a response (tokens); what "const" divides by."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.reduction == "const" and self.max_tokens is None:
-            raise ValueError('max_tokens: got nothing with reduction = "const", wanted the greatest length in tokens')
-        return self
 
 
 def advantages(samples: Samples, config: Config) -> Estimates:
