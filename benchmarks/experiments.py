@@ -221,7 +221,7 @@ def main_table(results: Sequence[Result]) -> str:
         "whole command, s",
         "peak GB",
     )
-    return _table(head, [_main_row(result) for result in results if result.arm == "main"])
+    return markdown_table(head, [_main_row(result) for result in results if result.arm == "main"])
 
 
 def _main_row(result: Result) -> tuple[str, ...]:
@@ -230,7 +230,7 @@ def _main_row(result: Result) -> tuple[str, ...]:
     return (
         str(result.seed),
         f"{result.before:.3f} → {result.after:.3f}",
-        _points(result.gain, result.ci_low, result.ci_high),
+        points(result.gain, result.ci_low, result.ci_high),
         f"{form['before']:.3f} → {form['after']:.3f}",
         f"{result.attack_success_before:.3f} → {summary['attack_success']['after']:.3f}",
         f"{ood['before']:.3f} → {ood['after']:.3f}",
@@ -261,7 +261,7 @@ def controls_table(results: Sequence[Result]) -> str:
         mine = [result for result in results if result.arm == arm]
         if mine:
             rows.append(_control_row(arm, mine))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 LABELS = {
@@ -285,7 +285,7 @@ def _control_row(arm: str, mine: Sequence[Result]) -> tuple[str, ...]:
         f"{100 * statistics.median(r.gain for r in mine):+.1f} ("
         + ", ".join(f"{100 * r.ci_low:+.1f} to {100 * r.ci_high:+.1f}" for r in mine)
         + ")",
-        _points(
+        points(
             statistics.median(b[0] for b in behind if b[0] is not None),
             min(b[1] for b in behind if b[1] is not None),
             max(b[2] for b in behind if b[2] is not None),
@@ -303,11 +303,13 @@ def _median(values: Sequence[float | None]) -> str:
     return f"{statistics.median(known):.3f}" if known else "–"
 
 
-def _points(value: float, low: float, high: float) -> str:
+def points(value: float, low: float, high: float) -> str:
+    """Return shares as percentage points: the value and its interval."""
     return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

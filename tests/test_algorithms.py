@@ -1,0 +1,102 @@
+"""The comparison's commands are ones that the command line takes, and its tables say what the runs say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import elenchus
+from actors.records import Response
+from benchmarks.algorithms import ALGORITHMS, Outcome, best_rates, choice_table, report_table, words_of
+from benchmarks.run_figures import RunFigures, kl_from, self_bleu
+from trainers.base_model import BaseModelConfig, write_base_model
+from trainers.logprobs import token_logprobs
+from trainers.run_config import load_run_config
+from trainers.summary import GainSummary
+
+FIGURES = RunFigures(kl_from_start=0.5, distinct=0.25, self_bleu=80.0, num_tokens=1_000)
+SEALED = GainSummary(before=0.4, after=0.9, n=10, gain=0.5, ci_low=0.2, ci_high=0.8)
+ONE = Outcome(
+    algorithm="dpo",
+    rate="3e-5",
+    seed=51,
+    probe=(0.5, 0.7, 0.9),
+    walls=(10.0, 10.0, 10.0),
+    sealed=SEALED,
+    attack_success=0.1,
+    figures=FIGURES,
+)
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_an_algorithm_is_a_config_that_the_command_line_takes(name: str) -> None:
+    for rate in ALGORITHMS[name].rates:
+        program, *words = words_of(name, rate=rate, seed=3)
+        assert program == "elenchus.py"
+        command, flags = elenchus.parse(words)
+        assert isinstance(command, elenchus.Run)
+        config = load_run_config([], flags=flags)
+        assert command.seed == 3
+        assert config.learner.training.learning_rate == float(rate)
+        assert config.loss.kind == ALGORITHMS[name].settings["loss.kind"]
+
+
+def test_the_rate_that_learnt_fastest_on_probe_is_chosen_whatever_the_sealed_problems_say() -> None:
+    slow = replace(ONE, rate="1e-5", probe=(0.4, 0.4, 0.95), sealed=replace_gain(0.6))
+    assert best_rates([ONE, slow]) == {"dpo": "3e-5"}
+    # Two seeds count by their mean.
+    assert best_rates([ONE, replace(ONE, seed=52, probe=(0.1, 0.1, 0.1)), slow]) == {"dpo": "1e-5"}
+    assert "**3e-5** | 51 | 0.700 | 0.50, 0.70, 0.90 | 10.0 |" in choice_table([ONE, slow])
+
+
+def replace_gain(gain: float) -> GainSummary:
+    return SEALED.model_copy(update={"gain": gain})
+
+
+def test_at_equal_wall_a_run_counts_as_far_as_it_had_come() -> None:
+    quick = replace(ONE, algorithm="grpo", walls=(5.0, 5.0, 5.0), probe=(0.6, 0.8, 1.0), sealed=replace_gain(0.55))
+    assert ONE.probe_by(9.9) is None
+    assert [ONE.probe_by(wall) for wall in (10.0, 29.0, 30.0)] == [0.5, 0.7, 0.9]
+    rows = [line.split(" | ") for line in report_table([ONE, quick]).splitlines()[2:]]
+    # The quickest takes 15 s in all.
+    assert [(row[0], row[4], row[7]) for row in rows] == [
+        ("| dpo", "+50.0 (+20.0 to +80.0)", "0.500"),
+        ("| grpo", "+55.0 (+20.0 to +80.0)", "1.000"),
+    ]
+
+
+def test_kl_from_the_start_is_the_gap_of_the_log_probs_per_answer(tmp_path: Path) -> None:
+    path = write_base_model(tmp_path / "model", BaseModelConfig(), seed=0)
+    start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    responses = []
+    for number, (prompt, answer) in enumerate((((5, 6, 7), (8, 9)), ((5, 6), (9, 8, 7, 6)))):
+        token_ids = torch.tensor([prompt + answer])
+        with torch.inference_mode():
+            logprobs = token_logprobs(start(input_ids=token_ids).logits, token_ids, temperature=0.7)
+        responses.append(
+            Response(
+                response_id=str(number),
+                query_id="q",
+                sample_index=number,
+                text="",
+                prompt_token_ids=prompt,
+                token_ids=answer,
+                # The first answer's tokens are each likelier than at the start by a half nat.
+                logprobs=tuple(value + 0.5 * (number == 0) for value in logprobs[0, len(prompt) :].tolist()),
+                policy_version="v5",
+                finish_reason="stop",
+            )
+        )
+    assert kl_from(start, responses, temperature=0.7) == pytest.approx((2 * 0.5 + 0.0) / 2, abs=1e-5)
+
+
+def test_self_bleu_is_higher_the_more_alike_the_texts_are() -> None:
+    assert self_bleu(["12+34=46"] * 3) == 100.0
+    alike, unlike = self_bleu(["12+34=46", "12+34=47"]), self_bleu(["12+34=46", "carry none, so"])
+    assert 0.0 <= unlike < alike < 100.0
+    assert math.isfinite(unlike)
