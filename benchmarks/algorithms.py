@@ -12,7 +12,7 @@ All of a seed's runs start from one base model and generate as much: the same nu
 in every iteration. "At equal wall" is the probe accuracy that a run had reached when the quickest of the seed's runs
 was through its iterations.
 
-Regime: `critic_expert`. Every run has a directory, runs/algorithms/SEED/ALGORITHM@RATE; what is finished is not run
+Regime: `critic_expert`. Every run has a directory, runs/algorithms/SEED/ALGORITHM-RATE; what is finished is not run
 again, and --table runs nothing.
 """
 
@@ -118,7 +118,7 @@ class Outcome:
 
 def directory(algorithm: str, *, rate: str, seed: int) -> Path:
     """Return where a run is."""
-    return RUNS / str(seed) / f"{algorithm}@{rate}"
+    return RUNS / str(seed) / f"{algorithm}-{rate}"
 
 
 def words_of(algorithm: str, *, rate: str, seed: int) -> list[str]:

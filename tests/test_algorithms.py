@@ -16,7 +16,7 @@ from benchmarks.algorithms import ALGORITHMS, Outcome, best_rates, choice_table,
 from benchmarks.run_figures import RunFigures, kl_from, self_bleu
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.logprobs import token_logprobs
-from trainers.run_config import load_run_config
+from trainers.run_config import RunConfig, load_run_config
 from trainers.summary import GainSummary
 
 FIGURES = RunFigures(kl_from_start=0.5, distinct=0.25, self_bleu=80.0, num_tokens=1_000)
@@ -42,6 +42,7 @@ def test_an_algorithm_is_a_config_that_the_command_line_takes(name: str) -> None
         assert isinstance(command, elenchus.Run)
         config = load_run_config([], flags=flags)
         assert command.seed == 3
+        assert RunConfig(name=command.name).name == f"{name}-{rate}"
         assert config.learner.training.learning_rate == float(rate)
         assert config.loss.kind == ALGORITHMS[name].settings["loss.kind"]
 
