@@ -3,11 +3,11 @@
 #   make setup                       the environment alone                make test-slow   the slow ones
 #   make experiments [SEEDS="31 32"] the loop and its controls, hours     make bench       what the parts cost, minutes
 #   make lint                        ruff and mypy                        make test-parity our losses against TRL's
-#   make help                        this
+#   make against-trl                 how fast TRL trains the same pairs   make help        this
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-parity experiments bench lint clean
+.PHONY: help setup demo test test-slow parity-environment test-parity against-trl experiments algorithms bench lint clean
 
 # The first Python that is new enough; `make PYTHON=/path/to/python3.12 …` chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -36,16 +36,28 @@ test-slow: setup
 	@$(RUN) -m pytest -m slow
 
 # TRL lives in an environment of its own, which sees the packages of .venv.
-test-parity: setup
+parity-environment: setup
 	@test -x .parity/bin/python || $(RUN) -m venv --without-pip .parity
 	@$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$(.parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/elenchus.pth"
 	@$(RUN) -m pip --python .parity/bin/python install --quiet --no-deps -r requirements/parity.txt
+
+test-parity: parity-environment
 	@.parity/bin/python -m pytest -m parity tests/parity
+
+against-trl: parity-environment
+	@$(RUN) -m benchmarks.against_trl
 
 SEEDS ?= 31 32 33 34 35
 experiments: setup
 	@$(RUN) -m benchmarks.experiments --seeds $(SEEDS)
+
+# The ways to learn from feedback, hours: their learning rates on CHOICE_SEEDS by probe problems, then the report.
+CHOICE_SEEDS ?= 0
+REPORT_SEEDS ?= 51 52 53 54 55
+algorithms: setup
+	@$(RUN) -m benchmarks.algorithms choose --seeds $(CHOICE_SEEDS)
+	@$(RUN) -m benchmarks.algorithms report --seeds $(REPORT_SEEDS)
 
 bench: setup
 	@$(RUN) -m benchmarks.bench

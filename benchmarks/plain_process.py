@@ -31,12 +31,13 @@ END_S = 10.0
 class PlainProcess:
     """One process that answers one call at a time."""
 
-    def __init__(self, *, environment: Mapping[str, str], niceness: int) -> None:
+    def __init__(self, *, environment: Mapping[str, str], niceness: int, python: Path | None = None) -> None:
+        """Start the process; `python` is another environment's, which sees this one's packages."""
         here, there = Pipe()
         self._connection = here
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(there.fileno()), str(niceness)],
+            [str(python or sys.executable), "-m", __name__, str(there.fileno()), str(niceness)],
             cwd=ROOT,
             env={**os.environ, **environment},
             pass_fds=(there.fileno(),),
