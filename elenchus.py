@@ -773,8 +773,14 @@ def _scale(command: Scale) -> int:
     if command.address is not None:
         return _scale_job(command, address=command.address)
     run_dir = _run_dir(command.run, runs_dir=command.runs_dir)
+    pools = read_pools(run_dir)
+    if pools and command.role not in pools:
+        raise UsageError(
+            f"elenchus scale: got {command.role}, which has no engines of its own in {command.run}, wanted one of "
+            f"{', '.join(pools)}"
+        )
     write_wanted(run_dir, command.role, None if said == AUTO else int(said))
-    pool = read_pools(run_dir).get(command.role)
+    pool = pools.get(command.role)
     stood = f"it had {pool['ready']} ready of {pool['wanted']}" if pool else "it is not up yet"
     wanted = "what its config says" if said == AUTO else said
     print(f"{command.role}: wanted {wanted}; {stood}. {run_dir / 'pools.json'} says when they are ready, or why not")

@@ -9,20 +9,16 @@ import logging
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from actors.archive import Archive
 from actors.attacks import Attack, AttackPrompt, Outcome
 from actors.domains import Domain, Problem
-from actors.generation import Completion, GenerationRequest
+from actors.generation import Generates, GenerationRequest
 from actors.records import Proposal, Query, draw_seed, lineage_id
 from cluster.config import Config
 from cluster.pool_errors import PoolExhausted
-
-if TYPE_CHECKING:
-    from cluster.pool import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +51,7 @@ class Attacker:
 
     def __init__(
         self,
-        pool: Pool[GenerationRequest, Completion],
+        pool: Generates,
         *,
         attack: Attack,
         attack_name: str,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from actors.generation import Completion, GenerationRequest
+from actors.generation import Generates, GenerationRequest
 from actors.records import Critique, Query, Response, draw_seed, lineage_id
 from actors.rubrics import Rubric
 from cluster.config import Config
-
-if TYPE_CHECKING:
-    from cluster.pool import Pool
 
 
 class CriticConfig(Config):
@@ -32,7 +28,7 @@ class Critic:
 
     def __init__(
         self,
-        pool: Pool[GenerationRequest, Completion],
+        pool: Generates,
         *,
         rubric: Rubric,
         config: CriticConfig,
@@ -55,13 +51,7 @@ class Critic:
         for query, response in items:
             messages = self._rubric.render(query, response)
             for k in range(self._config.num_critiques):
-                critique_id = lineage_id(
-                    self._run,
-                    iteration=query.iteration,
-                    stage="critiques",
-                    parents=[response.response_id],
-                    sample_index=k,
-                )
+                critique_id = critique_id_of(self._run, query, response, k)
                 if critique_id in have:
                     continue
                 temperature = 0.0 if k == 0 else self._config.temperature
@@ -84,6 +74,11 @@ class Critic:
                     self._rubric.parse(completion.request_id, query, response, completion, temperature=temperature)
                 )
             yield critiques
+
+
+def critique_id_of(run: str, query: Query, response: Response, k: int) -> str:
+    """Return the id of a response's critique number k, from 0; the first is greedy."""
+    return lineage_id(run, iteration=query.iteration, stage="critiques", parents=[response.response_id], sample_index=k)
 
 
 def _place(query: Query, response: Response) -> tuple[int, int, int]:

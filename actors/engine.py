@@ -14,8 +14,9 @@ import asyncio
 import logging
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 
 import ray
 
+from actors.adapter import AdapterConfig, adapter_shapes, engine_rank, write_adapter, zero_adapter
 from actors.chat import Tokenizer, decode, encode_chat, label_token_id, load_tokenizer
-from actors.engine_config import EngineConfig, gpus_reserved, replica_bundles
+from actors.engine_config import EngineConfig, adapter_of, gpus_reserved, has_base, replica_bundles
 from actors.engine_thread import EngineThread, Finished, InferenceEngine, Sample
 from actors.generation import Completion, GenerationRequest, check_request, sample_seed
 from actors.model_directory import check_model_directory, expected_shapes
@@ -214,6 +216,8 @@ class EngineActor:
         self._refuse_if_broken()
         if self._receiving is not None:
             raise RuntimeError(f"weights {manifest.version}: an update is under way, wanted one at a time")
+        if adapter_of(self._config) is not None:
+            raise ValueError(f"weights {manifest.version}: got an adapter from the ranks, wanted apply_weights")
         check_manifest(manifest, expected=expected_shapes(self._config.model))
         receiving = self._receiving = Receiving(silence_s=RECEIVING_SILENCE_S)
         self._thread.post(lambda engine: self._receive(engine, receiving))
@@ -345,6 +349,8 @@ class EngineActor:
 
     def _samples(self, request: GenerationRequest, *, max_model_len: int) -> list[Sample]:
         check_request(request)
+        if request.of_base and not has_base(self._config):
+            raise ValueError(f"request {request.request_id}: of_base: got true, wanted an engine that others share")
         prompt = self._encoded(request.messages)
         if len(prompt) >= max_model_len:
             raise ValueError(
@@ -359,6 +365,10 @@ class EngineActor:
 
     def _completion(self, sample: Sample, finished: Finished) -> Completion:
         label_of = dict(zip(sample.label_ids, sample.request.labels, strict=True))
+        spans = finished.weight_spans
+        if sample.request.of_base:
+            # vLLM has one version for all that an engine answers; the base is what it began with.
+            spans = ((self._config.weight_version, 0, len(finished.token_ids)),)
         return Completion(
             request_id=sample.request.request_id,
             sample_index=sample.sample_index,
@@ -368,8 +378,8 @@ class EngineActor:
             logprobs=finished.logprobs,
             label_marks=tuple((p, label_of[finished.token_ids[p]]) for p in finished.mark_positions),
             label_logprobs=finished.label_logprobs,
-            weight_version=finished.weight_spans[-1][0] if finished.weight_spans else "",
-            weight_spans=finished.weight_spans,
+            weight_version=spans[-1][0] if spans else "",
+            weight_spans=spans,
             finish_reason=finished.finish_reason,
         )
 
@@ -378,7 +388,7 @@ class EngineActor:
     ) -> WeightAnswer:
         self._refuse_if_broken()
         # All that can be refused is refused before the model is touched: vLLM would load part of it in silence.
-        check_manifest(manifest, expected=expected_shapes(self._config.model))
+        check_manifest(manifest, expected=published_shapes(self._config))
         for _ in iter_tensors(manifest):
             pass
         self._load(engine, manifest)
@@ -409,6 +419,16 @@ class EngineActor:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
+def published_shapes(config: EngineConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that an update must bring: the model's parameters, or an adapter's alone.
+
+    Raises:
+        ValueError: the adapter's targets are no layers of the model.
+    """
+    shapes, adapter = expected_shapes(config.model), adapter_of(config)
+    return shapes if adapter is None else adapter_shapes(shapes, adapter)
+
+
 def check_manifest(manifest: WeightManifest, *, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an update that is not exactly the model's parameters: vLLM itself would load part of them in silence.
 
@@ -432,7 +452,8 @@ def check_manifest(manifest: WeightManifest, *, expected: Mapping[str, tuple[int
     if found:
         raise ValueError(
             f"weights {manifest.version}: got {len(got)} tensors for {len(expected)} parameters: {'; '.join(found)}; "
-            "publish every named_parameters() of the model once (a tied head is not one of them)"
+            "publish every named_parameters() of the model once (a tied head is not one of them); where the engine has "
+            "an adapter, that alone"
         )
 
 
@@ -446,11 +467,32 @@ class VllmEngine:
         self.max_model_len = int(engine.vllm_config.model_config.max_model_len)
         self._engine = engine
         self._samples: dict[str, Sample] = {}
+        self._adapter: AdapterConfig | None = None
+        self._loaded: dict[bool, Any] = {}
+        """What a request says of the adapter that answers it, by whether it asks for the base."""
+
+    def load_adapter(self, named: Iterable[tuple[str, Any]], config: AdapterConfig, *, of_base: bool = False) -> None:
+        """Have requests, also those in flight, be answered with an adapter, in the place of the one before it.
+
+        vLLM takes it from a directory, which is gone again when this returns. Those that ask for the base have one of
+        their own, which changes nothing: in a batch with others a row without an adapter would get theirs.
+        """
+        from vllm.lora.request import LoRARequest
+
+        with tempfile.TemporaryDirectory(prefix="elenchus-adapter-") as folder:
+            write_adapter(Path(folder), named, config, base_model=self._engine.vllm_config.model_config.model)
+            name, number = ("base", 2) if of_base else ("adapter", 1)
+            found = {"lora_name": name, "lora_int_id": number, "lora_path": folder}
+            if not self._engine.add_lora(LoRARequest(**found, load_inplace=True)):
+                raise RuntimeError("engine: vLLM did not take the adapter")
+        # `load_inplace` would have it read again before every step.
+        self._adapter, self._loaded[of_base] = config, LoRARequest(**found)
 
     def add(self, name: str, sample: Sample, *, priority: int) -> None:
         """See `InferenceEngine`."""
         prompt = {"type": "token", "prompt_token_ids": list(sample.prompt_token_ids)}
-        self._engine.add_request(name, prompt, _sampling_params(sample), priority=priority)
+        adapter = self._loaded.get(sample.request.of_base)
+        self._engine.add_request(name, prompt, _sampling_params(sample), lora_request=adapter, priority=priority)
         self._samples[name] = sample
 
     def abort(self, names: list[str]) -> None:
@@ -474,6 +516,10 @@ class VllmEngine:
 
     def load_weights(self, manifest: WeightManifest) -> None:
         """See `InferenceEngine`; requests in flight keep their tokens, and their caches are computed anew."""
+        if self._adapter is not None:
+            self.load_adapter(iter_tensors(manifest, verified=True), self._adapter)
+            self.adopt(manifest.version)
+            return
         self._engine.collective_rpc(lambda worker: worker.weight_transfer_engine.take(directly=False))
         self._engine.collective_rpc(lambda worker: worker.start_weight_update())
         self._engine.collective_rpc(lambda worker: worker.update_weights({"manifest": manifest}))
@@ -540,7 +586,12 @@ def make_vllm_engine(config: EngineConfig, seed: int) -> VllmEngine:
     )
     engine.collective_rpc(lambda worker: worker.init_weight_transfer_engine({}))
     engine.set_weight_version(config.weight_version)
-    return VllmEngine(engine)
+    ready = VllmEngine(engine)
+    adapter = adapter_of(config)
+    if adapter is not None:
+        for of_base in (False, True)[: 1 + has_base(config)]:
+            ready.load_adapter(zero_adapter(published_shapes(config)), adapter, of_base=of_base)
+    return ready
 
 
 def vllm_arguments(config: EngineConfig, *, seed: int) -> dict[str, Any]:
@@ -570,6 +621,19 @@ def vllm_arguments(config: EngineConfig, *, seed: int) -> dict[str, Any]:
         "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        **_adapter_arguments(config),
+    }
+
+
+def _adapter_arguments(config: EngineConfig) -> dict[str, Any]:
+    adapter = adapter_of(config)
+    if adapter is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": 1 + has_base(config),
+        "max_lora_rank": engine_rank(adapter.rank),
+        "lora_target_modules": list(adapter.targets),
     }
 
 

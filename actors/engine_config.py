@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.adapter import AdapterConfig
 from cluster.config import Config
 from cluster.node_labels import checked_labels
 
@@ -65,6 +66,32 @@ class EngineConfig(Config):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+class AdaptedEngineConfig(EngineConfig):
+    """An engine whose every request goes through an adapter; a run makes one where `learner.training.lora` says so."""
+
+    adapter: AdapterConfig
+    """New weights are its tensors alone; the model's own stay as they are."""
+    base_too: bool = False
+    """Requests may ask for the model without its adapter: other roles share the engine."""
+
+
+def with_adapter(config: EngineConfig, adapter: AdapterConfig | None, *, base_too: bool = False) -> EngineConfig:
+    """Return the settings of an engine that has the adapter; without one they are as before."""
+    if adapter is None:
+        return config
+    return AdaptedEngineConfig(**config.model_dump(), adapter=adapter, base_too=base_too)
+
+
+def adapter_of(config: EngineConfig) -> AdapterConfig | None:
+    """Return the adapter that an engine has; None where new weights are the model's own."""
+    return config.adapter if isinstance(config, AdaptedEngineConfig) else None
+
+
+def has_base(config: EngineConfig) -> bool:
+    """Whether requests may ask for the model without its adapter."""
+    return isinstance(config, AdaptedEngineConfig) and config.base_too
 
 
 def _gpu_problems(config: EngineConfig) -> Iterator[str]:

@@ -6,7 +6,9 @@ Knows nothing of engines, so that a driver, a judge or a test can speak of them 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from actors.compact import pickled_fast
 from actors.records import Message
@@ -32,6 +34,8 @@ class GenerationRequest:
     top_p: float = 1.0
     labels: tuple[str, ...] = ()
     """Single tokens; wherever one of them is sampled, the log-probs of all are reported."""
+    of_base: bool = False
+    """Answered by the model that the engine's adapter is one of, whatever has been published of that."""
 
 
 @pickled_fast
@@ -58,6 +62,25 @@ class Completion:
     """(version, start, end): tokens [start, end) were sampled by that version's weights."""
     finish_reason: str
     """"stop", "length", "error" or "abort"."""
+
+
+class Generates(Protocol):
+    """What a role asks: a pool of engines."""
+
+    def route(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[list[Completion]]:
+        """Yield the samples of all requests in chunks, in the order in which they finish."""
+
+
+class OfBase:
+    """A pool whose engines answer as their base does: what a role asks that shares them with the learner."""
+
+    def __init__(self, pool: Generates) -> None:
+        """Take a pool whose engines have an adapter and keep the base beside it."""
+        self._pool = pool
+
+    def route(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[list[Completion]]:
+        """See `Generates`."""
+        return self._pool.route([replace(request, of_base=True) for request in requests])
 
 
 def check_request(request: GenerationRequest) -> None:

@@ -36,6 +36,9 @@ class OversightConfig(Config):
     the critic's; majority, an answer passes when most answers to its query state the same result."""
     budget: float = Field(default=0.05, ge=0.0, le=1.0)
     """Greatest share of the critic's verdicts that experts are asked about; an answer that many gave is asked once."""
+    calibration: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of that budget, rounded up, that goes to answers drawn at random: they tell how often the critic errs,
+    which the least trusted ones can't. Of escalation and shuffled alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,11 @@ class Single:
 
 
 class Escalation:
-    """The critic decides; the least confident verdicts are put before experts."""
+    """The critic decides; the least confident verdicts are put before experts, and some that are drawn at random."""
+
+    def __init__(self, *, calibration: float = 0.0, seed: int = 0) -> None:
+        self._calibration = calibration
+        self._seed = seed
 
     def decide(self, judged: Sequence[Judged], ask: AskExperts, *, num_allowed: int) -> list[Verdict]:
         """Return the critic's verdicts, with the experts' labels in the place of the least trusted ones."""
@@ -94,9 +101,18 @@ class Escalation:
             known = [confidence for confidence in confidences if confidence is not None]
             if known:
                 doubts.append((min(known), places))
+        num_drawn = min(len(doubts), math.ceil(self._calibration * num_allowed - 1e-9))
+        by_chance = sorted(doubts, key=lambda doubt: draw_seed(self._seed, "calibration", *_place(judged[doubt[1][0]])))
+        drawn = [places for _, places in by_chance[:num_drawn]]
+        taken = {places[0] for places in drawn}
+        left = [doubt for doubt in doubts if doubt[1][0] not in taken]
         # Stable: equals stay in the order of their queries and samples.
-        doubts.sort(key=lambda doubt: doubt[0])
-        return _with_experts(verdicts, judged, [places for _, places in doubts[:num_allowed]], ask)
+        left.sort(key=lambda doubt: doubt[0])
+        asked = [*drawn, *(places for _, places in left[: num_allowed - num_drawn])]
+        decided = _with_experts(verdicts, judged, asked, ask)
+        for places in drawn:
+            decided[places[0]] = replace(decided[places[0]], drawn=True)
+        return decided
 
 
 class ExpertsOnly:
@@ -178,6 +194,7 @@ class Shuffled:
                     confidence=taken.confidence,
                     source=taken.source,
                     escalated=taken.escalated,
+                    drawn=taken.drawn,
                     flaw_end=taken.flaw_end,
                 )
         return shuffled
@@ -187,11 +204,11 @@ def make_oversight(config: OversightConfig, *, domain: Domain, seed: int) -> Ove
     """Return the oversight that a config names; the domain says what result an answer states, never which is right."""
     match config.kind:
         case "escalation":
-            return Escalation()
+            return Escalation(calibration=config.calibration, seed=seed)
         case "single":
             return Single()
         case "shuffled":
-            return Shuffled(Escalation(), seed=seed)
+            return Shuffled(Escalation(calibration=config.calibration, seed=seed), seed=seed)
         case "experts_only":
             return ExpertsOnly(seed=seed)
         case "majority":
@@ -217,6 +234,7 @@ def _verdict(
         confidence=confidence,
         source="critic",
         escalated=False,
+        drawn=False,
         flaw_end=flaw_end,
     )
 

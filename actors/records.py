@@ -146,6 +146,8 @@ class Verdict:
     """"critic" or "expert"; "majority" in that control; "checker" only under the gold regime."""
     escalated: bool
     """Experts were asked about this response; an equal answer to the same query shares their label unasked."""
+    drawn: bool | None
+    """They were asked because it was drawn at random, whatever the critic said; None: of an older version."""
     flaw_end: int | None
     """Characters of the response up to the end of the first flaw that the critique quotes; None when it quotes none."""
 
@@ -177,6 +179,21 @@ class PreferencePair:
     """Nats per token of `chosen_token_ids`, of the distribution that they were sampled from."""
     rejected_logprobs: tuple[float, ...] | None
     """Nats per token of `rejected_token_ids`."""
+    other_margins: tuple[float, ...] | None
+    """Of each objective besides P(good): the chosen's score minus the rejected's, standardised; None: no such."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """What a reward model said of one response, just before the learner was trained on it."""
+
+    reward_id: str
+    query_id: str
+    response_id: str
+    score: float
+    held_out: bool
+    """No pair of its query has trained the reward model."""
+    iteration: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

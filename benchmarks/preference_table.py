@@ -120,6 +120,7 @@ def make_pairs(num: int) -> list[PreferencePair]:
                 age=0,
                 chosen_logprobs=tuple(-rng.random() for _ in chosen),
                 rejected_logprobs=tuple(-rng.random() for _ in rejected),
+                other_margins=None,
             )
         )
     return pairs

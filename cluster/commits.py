@@ -266,9 +266,9 @@ def sync_named_file(run: Path, file: FileDigest) -> None:
 
 
 def prune_checkpoints(run: Path) -> None:
-    """Remove the checkpoints that neither of the two newest commits names."""
+    """Remove the checkpoints, whosever they are, that neither of the two newest commits names."""
     newest = committed_iterations(run)[-NUM_CHECKPOINTS_KEPT:]
     named = {Path(file.path).parts[:2] for number in newest for file in read_commit(run, number).checkpoint}
-    for directory in sorted((run / "checkpoints").glob("iteration=*")):
-        if ("checkpoints", directory.name) not in named and iteration_of(directory) <= newest[-1]:
+    for directory in sorted(run.glob("checkpoints*/iteration=*")):
+        if directory.relative_to(run).parts not in named and iteration_of(directory) <= newest[-1]:
             shutil.rmtree(directory)

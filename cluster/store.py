@@ -180,9 +180,14 @@ class RunStore:
         """This driver's lease; it grows by at least one with every open."""
         return self._lease.epoch
 
-    def checkpoint_dir(self, iteration: int) -> Path:
-        """Return where an iteration's checkpoint belongs; commits prune all but the two newest."""
-        return self.path / "checkpoints" / iteration_dir(iteration)
+    def checkpoint_dir(self, iteration: int, *, of: str | None = None) -> Path:
+        """Return where an iteration's checkpoint belongs; commits prune all but the two newest.
+
+        Args:
+            iteration: of which it is.
+            of: whose it is where a run has several; None: the run's main one.
+        """
+        return self.path / ("checkpoints" if of is None else f"checkpoints-{of}") / iteration_dir(iteration)
 
     def policy_dir(self, version: int) -> Path:
         """Return where a policy version is exported; these are kept."""

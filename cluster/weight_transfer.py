@@ -48,6 +48,8 @@ class Ends:
     """Replicas stand on the ranks' own GPUs and take turns with them."""
     num_gpus: int | None = None
     """GPUs that there are; None where nobody has looked."""
+    adapter: bool = False
+    """An adapter is all that goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,8 @@ def checked_transfer(config: WeightSyncConfig, ends: Ends, *, backends: frozense
 
 def obstacle(backend: str, ends: Ends) -> str | None:
     """Return why weights can't take one of vLLM's ways between two ends; None when they can."""
+    if ends.adapter:
+        return "the learner publishes an adapter, which a replica takes as files"
     if ends.gpus_per_rank == 0:
         return "the ranks compute on CPUs"
     if not ends.gpus_per_replica:

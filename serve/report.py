@@ -158,6 +158,7 @@ def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: flo
     if not rows:
         return []
     recorded, matrix = bool(journal.sampled), report_judges.expert_matrix(journal)
+    failures = report_judges.expected_failures(rows)
     return [
         _Section(
             key="learner",
@@ -191,8 +192,8 @@ def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: flo
             short="Experts",
             title="What the experts had to do",
             lead="The verdicts that the critic was least sure of go to experts, as far as their budget reaches.",
-            charts=(report_judges.experts(rows, journal, budget=budget),),
-            size="most" if matrix else "",
+            charts=(report_judges.experts(rows, journal, budget=budget), *failures),
+            size="most" if matrix and not failures else "",
             table=matrix,
             table_title="The critic's verdicts against theirs",
             table_caption="Over the whole run; only answers that an expert was asked about.",

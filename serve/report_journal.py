@@ -40,6 +40,7 @@ CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, FAILS = (
 TRAINED_FATES: dict[Material, tuple[str, ...]] = {
     "pairs": (CHOSEN, REJECTED),
     "samples": (TRAINED,),
+    "groups": (TRAINED,),
     "accepted": (TRAINED,),
 }
 """What became of the answers that an update was made of."""
@@ -173,6 +174,8 @@ def _live_answers(directory: Path, iteration: int, truth: Mapping[str, bool], ma
         fates = _fates(verdicts, _rows(directory, "pairs", columns=["chosen_id", "rejected_id"]))
     else:
         fates = {row["response_id"]: _fate_alone(row["label"], material) for row in verdicts}
+        # A reward model scores also what the critic could not judge.
+        fates |= {row["response_id"]: TRAINED for row in _rows(directory, "rewards", columns=["response_id"])}
     broken = _broken(verdicts, critics)
     return [
         LiveAnswer(
@@ -234,7 +237,7 @@ def _fate_alone(label: str | None, material: Material) -> str:
     """Return what became of an answer that stands for itself (`trainers.training_data`)."""
     if label is None:
         return UNJUDGED
-    return TRAINED if label == PASS or material == "samples" else FAILS
+    return TRAINED if label == PASS or material in ("samples", "groups") else FAILS
 
 
 def _broken(verdicts: Sequence[Mapping[str, Any]], critics: Mapping[str, str]) -> set[str]:

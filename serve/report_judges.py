@@ -111,6 +111,38 @@ def error_rates(rows: Sequence[IterationMetrics], *, recorded: bool) -> Chart:
     )
 
 
+def expected_failures(rows: Sequence[IterationMetrics]) -> tuple[Chart, ...]:
+    """Return the share of live answers that experts would fail, as their random checks say; none without any."""
+    points = []
+    for row in rows:
+        found = row.feedback
+        if found is None or found.failure_share is None or found.ci_low is None or found.ci_high is None:
+            continue
+        # The interval is a normal one: near 0 and 1 it reaches beyond what a share can be.
+        low, value, high = (min(max(end, 0.0), 1.0) for end in (found.ci_low, found.failure_share, found.ci_high))
+        share = Share(value=value, ci_low=low, ci_high=high, n=found.num_drawn)
+        to = link(set=LIVE, iteration=row.iteration)
+        points.append(
+            Point(x=row.iteration, share=share, name=f"iteration {row.iteration}", unit="drawn answers", link=to)
+        )
+    if not points:
+        return ()
+    figure = go.Figure()
+    draw_line(figure, points, colour=CRITIC)
+    style_shares(figure, rows)
+    return (
+        Chart(
+            key="failures",
+            title="What experts would fail",
+            caption="Share of each iteration's distinct answers: the critic's verdicts on all of them, put right by "
+            "the experts' on answers drawn at random (prediction-powered inference). No truth is asked.",
+            figure=figure,
+            keys=(Key(name="share failed, 95 % band", colour=CRITIC, mark="line"),),
+            table=share_table(["experts would fail"], [points]),
+        ),
+    )
+
+
 def calibration(rows: Sequence[IterationMetrics], sampled: Sequence[LiveAnswer]) -> Chart:
     """Return the reliability diagram of P(good) over all iterations, with the number of answers in every bin."""
     title = "What the critic's P(good) is worth"

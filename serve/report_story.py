@@ -81,7 +81,7 @@ def story(
     control = CONTROLS.get(oversight or "")
     if control:
         said.append(f"This run is a control: {control}.")
-    judged = [_judge_sentence(rows), _expert_sentence(rows, summary), _pairs_sentence(rows)]
+    judged = [_judge_sentence(rows), _expert_sentence(rows, summary), _pairs_sentence(rows), *_budget_sentence(rows)]
     return [" ".join(said), " ".join(judged)]
 
 
@@ -150,7 +150,9 @@ def _expert_sentence(rows: Sequence[IterationMetrics], summary: Summary | None) 
 def _pairs_sentence(rows: Sequence[IterationMetrics]) -> str:
     trained, material = sum(row.pairs_trained for row in rows), material_of_rows(rows)
     if material == "samples":
-        return f"The learner was trained on {count(trained, 'answer')}, each with the score of its verdict."
+        return f"The learner was trained on {count(trained, 'answer')}, each with {_score_of(rows)}."
+    if material == "groups":
+        return f"The learner was trained on {count(trained, 'group')} of judged answers, each to one query."
     if material == "accepted":
         return f"The learner was trained on {count(trained, 'answer')} that passed."
     if not trained:
@@ -158,6 +160,33 @@ def _pairs_sentence(rows: Sequence[IterationMetrics]) -> str:
     return (
         f"{count(trained, 'pair')} of a passing and a failing answer came of it, and those the learner was trained on."
     )
+
+
+def _score_of(rows: Sequence[IterationMetrics]) -> str:
+    """Return whose score a sample had, as the end of a sentence; of a reward model also how well it knew the pairs."""
+    pairs = round(sum(row.training.get("reward_model_pairs", 0.0) for row in rows))
+    if not any("reward_model_pairs" in row.training for row in rows):
+        return "the score of its verdict"
+    tested = [row.training for row in rows if "reward_model_accuracy" in row.training]
+    num = round(sum(figures["reward_model_held_out"] for figures in tested))
+    right = round(sum(figures["reward_model_accuracy"] * figures["reward_model_held_out"] for figures in tested))
+    return (
+        f"the score of a reward model, which learnt from {count(pairs, 'pair')} of a passing and a failing answer; of "
+        f"{num:,} others, never learnt from, it put {right:,} in the right order"
+    )
+
+
+def _budget_sentence(rows: Sequence[IterationMetrics]) -> list[str]:
+    """Return which updates a KL budget has ended before their time; [] where none was."""
+    cut = [row for row in rows if row.training.get("num_left_out")]
+    if not cut:
+        return []
+    numbers = ", ".join(str(row.iteration) for row in cut)
+    left_out = sum(int(row.training["num_left_out"]) for row in cut)
+    return [
+        f"Stopped by KL budget: {count(len(cut), 'update')} ended early (iteration {numbers}), with "
+        f"{count(left_out, 'optimizer step')} left out."
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables

@@ -13,6 +13,7 @@ DASH = "–"
 TRAINED_ROWS: dict[Material, str] = {
     "pairs": "pairs",
     "samples": "scored answers",
+    "groups": "groups of answers",
     "accepted": "passing answers",
 }
 """What the rows of an update are called."""

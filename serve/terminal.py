@@ -36,7 +36,7 @@ Format: TypeAlias = Literal["table", "csv", "json"]
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"}
 
 
-UPDATE_ROWS = {"pairs": "pairs", "samples": "scored answers", "accepted": "accepted answers"}
+UPDATE_ROWS = {"pairs": "pairs", "samples": "scored answers", "groups": "groups", "accepted": "accepted answers"}
 """What an update's rows are, by `trainers.training_data.Material`."""
 
 

@@ -17,7 +17,7 @@ import random
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,10 +53,17 @@ from tests.fake_pool import spoken
 from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
 from trainers.importance import ImportanceConfig
+from trainers.kl import KlBudget
+from trainers.kl_probe import KlReached
 from trainers.loop_state import STAGES
-from trainers.losses.dpo import Config as DpoConfig
+from trainers.losses import load_loss
+from trainers.objectives import ObjectivesConfig
 from trainers.preferences import PreferenceConfig
 from trainers.progress import Silent, StopSignal
+from trainers.reward_config import RewardConfig
+from trainers.reward_model import RewardModel, read_response
+from trainers.selection import SelectionConfig
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import StepReport, TrainingPlan, UpdateReport
 
 RUN = "fake"
@@ -295,6 +302,16 @@ def applied(weights: Weights, *, row_id: str, epoch: int, chosen: str) -> Weight
     return (moved[0] + 0.05, *moved[1:])
 
 
+LEARNT_FROM = {
+    "dpo": ("pair_id", "chosen"),
+    "grpo": ("row_id", "score"),
+    "exo_group": ("row_id", "rewards"),
+    "pro": ("row_id", "rewards"),
+    "weak_to_strong": ("row_id", "response_token_ids"),
+}
+"""For each loss its table's column of ids, and the one that weights move by."""
+
+
 class FakeLearnerGroup:
     """Stands for a `TrainingGroup`: weights, a record of every slot ever applied, checkpoints and exports."""
 
@@ -303,6 +320,7 @@ class FakeLearnerGroup:
         self.weights: Weights = (-0.5, *(0.1 * i for i in range(1, NUM_WEIGHTS)))
         self.slots: list[tuple[str, int, int]] = []
         """(row id, epoch, step) of every slot in the lineage of these weights."""
+        self.plans: list[TrainingPlan] = []
         self.published: dict[str, Weights] = {}
         self._num_steps = 0
         self._reach = reach
@@ -317,15 +335,19 @@ class FakeLearnerGroup:
         loss_config: Config,
         plan: TrainingPlan,
         importance: ImportanceConfig | None = None,
+        reference_weights: ReferenceWeights = "start_of_update",
+        kl_budget: KlBudget | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
-        """Apply the slots of a plan to the weights."""
-        assert loss == "dpo"
-        assert isinstance(loss_config, DpoConfig)
-        assert tuple(table.column("pair_id").to_pylist()) == plan.row_ids
-        chosen = dict(zip(plan.row_ids, table.column("chosen").to_pylist(), strict=True))
-        reports = []
-        for index, step in enumerate(plan.steps):
+        """Apply the slots of a plan to the weights; a KL budget is spent after the first step."""
+        key, told = LEARNT_FROM[loss]
+        assert isinstance(loss_config, load_loss(loss).Config)
+        self.plans.append(plan)
+        assert tuple(table.column(key).to_pylist()) == plan.row_ids
+        chosen = dict(zip(plan.row_ids, map(str, table.column(told).to_pylist()), strict=True))
+        reports: list[StepReport] = []
+        stops = kl_budget is not None and kl_budget.enabled
+        for index, step in enumerate(plan.steps[:1] if stops else plan.steps):
             await asyncio.sleep(self._step_s)
             for slot in plan.slots(index):
                 self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
@@ -333,8 +355,16 @@ class FakeLearnerGroup:
             reports.append(_report(index, epoch=step.epoch, optimizer_step=self._num_steps))
             self._num_steps += 1
             self._reach("step", 1)
-        slots = tuple(slot for index in range(len(plan.steps)) for slot in plan.slots(index))
-        return UpdateReport(slots=slots, steps=tuple(reports), wall_s=0.1, reference_s=0.0)
+        slots = tuple(slot for index in range(len(reports)) for slot in plan.slots(index))
+        return UpdateReport(
+            slots=slots,
+            steps=tuple(reports),
+            wall_s=0.1,
+            reference_s=0.0,
+            kl=KlReached(update=11.5, run=12.0) if stops else None,
+            stopped_by="update" if stops else None,
+            num_left_out=len(plan.steps) - len(reports),
+        )
 
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
         """Return the log-probs of sequences."""
@@ -366,6 +396,44 @@ class FakeLearnerGroup:
             self._num_steps = body["num_steps"]
 
 
+class FakeRewardGroup:
+    """Stands for a reward model's `TrainingGroup`: weights, a record of every slot ever applied, and scores by both."""
+
+    def __init__(self, *, reach: Reach = pass_by) -> None:
+        self.weights: Weights = (0.0,) * NUM_WEIGHTS
+        self.slots: list[tuple[str, int, int]] = []
+        self._reach = reach
+
+    async def update(self, table: pa.Table, *, loss: str, loss_config: Config, plan: TrainingPlan) -> UpdateReport:
+        """Apply the slots of a plan to the weights."""
+        assert loss == "bradley_terry"
+        assert tuple(table.column("pair_id").to_pylist()) == plan.row_ids
+        chosen = dict(zip(plan.row_ids, map(str, table.column("chosen_token_ids").to_pylist()), strict=True))
+        slots = [slot for step in range(len(plan.steps)) for slot in plan.slots(step)]
+        for slot in slots:
+            self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
+            self.slots.append((slot.row_id, slot.epoch, slot.step))
+        self._reach("reward step", 1)
+        step = replace(_report(0, epoch=0, optimizer_step=0), metrics={"accuracy": 0.5})
+        return UpdateReport(slots=tuple(slots), steps=(step,), wall_s=0.1, reference_s=0.0)
+
+    async def scores(self, sequences: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """Return a score of each sequence, which shows every weight."""
+        return tuple(sum(logprobs) for logprobs in fake_logprobs(self.weights, sequences))
+
+    async def save(self, path: Path) -> None:
+        """Write a checkpoint; it appears whole or not at all."""
+        _write_whole(
+            path, {"reward.json": json.dumps({"weights": [w.hex() for w in self.weights], "slots": self.slots})}
+        )
+
+    async def load(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        body = json.loads((path / "reward.json").read_text())
+        self.weights = tuple(float.fromhex(w) for w in body["weights"])
+        self.slots = [(row_id, epoch, step) for row_id, epoch, step in body["slots"]]
+
+
 def _report(step: int, *, epoch: int, optimizer_step: int) -> StepReport:
     return StepReport(
         step=step,
@@ -377,6 +445,7 @@ def _report(step: int, *, epoch: int, optimizer_step: int) -> StepReport:
         learning_rate=1e-4,
         num_tokens=10,
         num_padded_tokens=12,
+        most_tokens=10,
         metrics={},
         seconds=0.0,
     )
@@ -459,8 +528,16 @@ class Settings:
     losing: frozenset[str] = frozenset()
     """Names of the pools that lose a tenth of their requests."""
     max_policy_age: int = 0
+    reward: RewardConfig | None = None
+    """A reward model's, with whose scores the learner is trained by grpo; None: by `loss`."""
+    loss: str = "dpo"
+    kl_budget: KlBudget = field(default_factory=KlBudget)
     step_s: float = 0.0
     """How long the learner group takes for a step."""
+    calibration: float = 0.0
+    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    objectives: ObjectivesConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -546,10 +623,25 @@ def fake_run(
                 run=RUN,
                 seed=3,
             ),
-            oversight=make_oversight(OversightConfig(kind=settings.oversight), domain=DOMAIN, seed=3),  # type: ignore[arg-type]
+            oversight=make_oversight(
+                OversightConfig(kind=settings.oversight, calibration=settings.calibration),  # type: ignore[arg-type]
+                domain=DOMAIN,
+                seed=3,
+            ),
             experts=desk,
             learner_group=group,  # type: ignore[arg-type]
             pools={"attacker": attacker, "rollouts": rollouts, "critic": critic},  # type: ignore[dict-item]
+            reward_model=(
+                None
+                if settings.reward is None
+                else RewardModel(
+                    FakeRewardGroup(reach=tell),  # type: ignore[arg-type]
+                    config=settings.reward,
+                    read=read_response,
+                    run=RUN,
+                    seed=3,
+                )
+            ),
         ),
         store=store,
         domain=DOMAIN,
@@ -575,14 +667,17 @@ def _driver_config(settings: Settings) -> DriverConfig:
             queries_per_iteration=settings.queries_per_iteration,
             max_policy_age=settings.max_policy_age,
             epochs=settings.epochs,
+            kl_budget=settings.kl_budget,
         ),
-        preferences=PreferenceConfig(),
+        preferences=settings.preferences,
+        selection=settings.selection,
+        objectives=settings.objectives,
         evaluation=evaluation,
         evaluation_sets=evaluation_sets(DOMAIN, evaluation),
         probe_sequences=PROBE_SEQUENCES,
         experts=ExpertBudget(fraction=settings.budget),
-        loss="dpo",
-        loss_config=DpoConfig(),
+        loss=(loss := settings.loss if settings.reward is None else "grpo"),
+        loss_config=load_loss(loss).Config(),
         batch_size=settings.batch_size,
         tokens_spanning=lambda ids, num_chars: min(num_chars, len(ids)),
     )

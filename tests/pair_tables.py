@@ -34,6 +34,7 @@ def pair_table(*, ages: Sequence[int], shift: float) -> pa.Table:
                 age=age,
                 chosen_logprobs=tuple(shift - 0.1 * n for n in range(len(chosen))),
                 rejected_logprobs=tuple(shift - 0.1 * n for n in range(len(rejected))),
+                other_margins=None,
             )
         )
     return to_table(pairs, PreferencePair)

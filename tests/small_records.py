@@ -92,6 +92,7 @@ def make_verdict(
         confidence=None if score is None else max(score, 1.0 - score),
         source=source,
         escalated=source == "expert",
+        drawn=False,
         flaw_end=flaw_end,
     )
 

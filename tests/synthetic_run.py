@@ -243,6 +243,7 @@ def _pair(query: Query, chosen: Response, rejected: Response) -> PreferencePair:
         age=0,
         chosen_logprobs=chosen.logprobs,
         rejected_logprobs=rejected.logprobs,
+        other_margins=None,
     )
 
 
@@ -308,5 +309,6 @@ def _verdict(response_id: str, query_id: str, *, score: float, overruled: bool) 
         confidence=1.0 if overruled else max(score, 1 - score),
         source="expert" if overruled else "critic",
         escalated=overruled,
+        drawn=False,
         flaw_end=None,
     )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.training_step import demo_pairs
 from trainers.batches import TrainingPlan, lay_out, micro_batches, pair_rows, sequence_rows, token_rows
 
 
@@ -121,6 +122,18 @@ def test_typical_batches_compute_at_most_a_tenth_of_padding() -> None:
 def cut_pairs(num: int, *, chosen: int, rejected: int) -> pa.Table:
     """Pairs whose sequences have so many tokens each, the prompt's two included."""
     return pair_table([([1, 2], [3] * (chosen - 2), [4] * (rejected - 2)) for _ in range(num)])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_of_the_demos_mix_have_about_equally_many_tokens(num_ranks: int) -> None:
+    rows = pair_rows(demo_pairs(320, num_tokens=100))
+    plan = TrainingPlan.of([str(row) for row in range(320)], batch_size=16, epochs=2, seed=0)
+    most = total = 0
+    for step in plan.steps:
+        ranks = micro_batches(rows, step.rows, num_ranks=num_ranks, micro_batch_tokens=4096)
+        tokens = [sum(rows.pad(micro.rows).num_real_tokens for micro in rank) for rank in ranks]
+        most, total = most + max(tokens), total + sum(tokens)
+    assert 1.0 <= most * num_ranks / total <= 1.05
 
 
 def test_pairs_with_short_rejected_responses_are_computed_in_two_passes() -> None:

@@ -15,8 +15,6 @@ from cluster.config import ConfigError, Settings, describe, flag_settings, layer
 from trainers.run_config import RunConfig, load_run_config, read_resolved
 from trainers.training_data import material_of
 
-TRAINABLE = [name for name in plugin_names("trainers.losses") if material_of(name) is not None]
-
 
 def written(folder: Path, text: str, name: str = "a.toml") -> Path:
     path = folder / name
@@ -73,6 +71,8 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
             if section == "loss" and material_of(name) is None:
                 continue  # no iteration makes what it takes: see below
             flags = [(f"{section}.kind", name), ("learner.training.value_head", "true")]
+            if name == "modpo":
+                flags.append(("objectives.weights", "[0.5, 0.5]"))
             assert getattr(load_run_config([], flags=flags), section).kind == name
 
 
@@ -102,8 +102,23 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ("[loss]\nbeta = -1\n", "a.toml:2: loss.beta: got -1, wanted more than 0"),
         ("loss = 3\n", "a.toml:1: loss: got 3, wanted a table"),
         ('[loss]\nkind = "bradley_terry"\n',
-         f'a.toml:2: loss.kind: got "bradley_terry", wanted one of {", ".join(TRAINABLE)}: bradley_terry takes a '
-         "ScoreBatch, which no iteration makes"),
+         'a.toml:2: loss.kind: got "bradley_terry", wanted a loss of a policy: it trains a reward model, which is '
+         'reward.kind = "model" beside a loss that learns from scores, such as grpo'),
+        ('[reward]\nkind = "model"\n',
+         'a.toml:2: reward.kind: got "model" with loss.kind = "dpo", which learns from no scores of single responses, '
+         'wanted loss.kind to be one of grpo, ppo, reinforce_pp, relc, rloo; or "critic"'),
+        ('[loss]\nkind = "grpo"\n[reward]\ncritiques = true\n',
+         'a.toml:4: reward.critiques: got true with reward.kind = "critic", wanted "model": only that reads them'),
+        ('[loss]\nkind = "grpo"\n[reward]\nkind = "model"\n[reward.training]\nbatch_size = 15\nnum_ranks = 2\n',
+         "a.toml:6: reward.training.batch_size: got 15, wanted a multiple of reward.training.num_ranks = 2"),
+        ('[loss]\nkind = "grpo"\n[objectives]\n[reward]\nkind = "model"\n',
+         'a.toml:5: reward.kind: got "model" with a section [objectives], wanted one of the two: both say what a score '
+         "is"),
+        ('[loss]\nkind = "rloo"\n[reward]\nkind = "model"\ntraining.value_head = false\n',
+         "a.toml:5: reward.training.value_head: got false, wanted true: the head's value is the score"),
+        ('[loss]\nkind = "forward_correction"\nconfusion = [[0.9, 0.1], [0.1, 0.9]]\n',
+         "a.toml:3: loss.confusion: got 2 classes, wanted none: the loop's labels are tokens, and their classes the "
+         "whole vocabulary; set loss.noise"),
         ('[loss]\nkind = "ppo"\n',
          'a.toml:2: loss.kind: got "ppo" with learner.training.value_head = false, wanted true: it learns what a '
          "response will score; or use grpo, rloo, reinforce_pp"),
@@ -113,6 +128,15 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ('[loss]\nkind = "rloo"\n[rollouts.sampling]\ntemperature = 0.7\n',
          "a.toml:1: loss.temperature: got 1, wanted rollouts.sampling.temperature = 0.7: log-probs are taken at that "
          "of the sampling"),
+        ('[loss]\nkind = "grpo"\n[loss.kl_control]\nadaptive = true\n',
+         'a.toml:4: loss.kl_control.adaptive: got true with learner.reference = "start_of_update", wanted "bootstrap": '
+         "the KL is measured at an update's start, where it is 0 to the weights of that moment"),
+        ('learner.reference = "bootstrap"\n[loss]\nkind = "grpo"\nform = "dapo"\nkl_control.adaptive = true\n',
+         "a.toml:5: loss.kl_control.adaptive: got true with loss.kl_coefficient = 0, wanted more than 0: it is "
+         "multiplied"),
+        ('[learner.training]\noffload = "cpu"\n',
+         'a.toml:2: learner.training.offload: got "cpu" with zero_stage = 0, wanted 1, 2 or 3: what the ranks split is '
+         "what they put aside"),
         ('[domain]\nkind = "arithmetics"\n',
          'a.toml:1: domain: got kind = "arithmetics", wanted one of arithmetic; did you mean arithmetic?'),
         ("[domain]\ndigits = [2, 4]\n",

@@ -23,8 +23,9 @@ from cluster.commits import last_commit
 from cluster.store import read_stage
 from tests.fake_roles import DOMAIN, RUN, FakeCritic, FakeRun, Settings, fake_run, pass_by, write_blank_run
 from trainers.driver import Stopped
+from trainers.kl import KlBudget
 from trainers.loop_state import STAGES, Rollouts
-from trainers.progress import StopSignal
+from trainers.progress import Silent, StopSignal
 from trainers.summary import read_metrics
 from trainers.training_group import TrainingPlan
 
@@ -583,6 +584,52 @@ def test_an_iteration_without_a_pair_is_committed(blank: Path, tmp_path: Path) -
     assert policy_of(tmp_path / RUN, version=2) == policy_of(tmp_path / RUN, version=0)
     assert (commit := last_commit(tmp_path / RUN)) is not None
     assert commit.iteration == 2
+
+
+@pytest.mark.parametrize("loss", ["exo_group", "pro", "weak_to_strong"])
+def test_a_loss_of_groups_or_labels_is_given_them_and_how_far_the_run_is(
+    loss: str, blank: Path, tmp_path: Path
+) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(loss=loss))
+    for iteration, (plan, metrics) in enumerate(zip(run.group.plans, read_metrics(tmp_path / RUN), strict=True), 1):
+        judged = [v for v in records(tmp_path / RUN, "verdicts", iteration=iteration) if v.label is not None]
+        texts = {r.response_id: (r.query_id, r.text) for r in records(tmp_path / RUN, "responses", iteration=iteration)}
+        scores: dict[str, dict[str, list[Verdict]]] = {}
+        for verdict in judged:
+            scores.setdefault(verdict.query_id, {}).setdefault(texts[verdict.response_id][1], []).append(verdict)
+        if loss == "weak_to_strong":
+            accepted = {texts[v.response_id] for v in judged if v.label == "pass"}
+            assert {texts[row] for row in plan.row_ids} == accepted
+            assert metrics.material == "accepted"
+        else:
+            several = {query: texts for query, texts in scores.items() if len(texts) > 1}
+            assert metrics.pairs_dropped.get("lone", 0) == len(scores) - len(several)
+            dropped = metrics.pairs_dropped.get("equal_scores", 0)
+            assert len(plan.row_ids) == len(several) - dropped
+            assert set(plan.row_ids) <= set(several)
+            assert dropped == 0 or loss == "pro"
+            assert metrics.pairs_dropped.get("duplicate", 0) == len(judged) - sum(map(len, scores.values()))
+            assert metrics.material == "groups"
+        assert metrics.pairs_trained == len(plan.row_ids) > 0
+        # The first of two iterations is the first half of the training.
+        assert plan.training == ((iteration - 1) / 2, iteration / 2)
+
+
+def test_an_update_that_its_kl_budget_ends_is_told_and_counted(
+    blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
+    run_once(tmp_path / RUN, blank, Settings(iterations=1, kl_budget=KlBudget(enabled=True)))
+    (row,) = read_metrics(tmp_path / RUN)
+    assert row.training["num_steps"] == 1.0
+    num_steps = 1 + int(row.training["num_left_out"])
+    assert num_steps == -(-row.pairs_trained // Settings().batch_size) * Settings().epochs
+    assert (row.training["kl_from_update_start"], row.training["kl_from_run_start"]) == (11.5, 12.0)
+    assert [note for note in notes if "KL" in note] == [
+        f"stopped by KL budget: iteration 1 ended its update after 1 of {num_steps} steps, 11.50 nats per response "
+        "from the update's start, wanted at most 10"
+    ]
 
 
 def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blank: Path, tmp_path: Path) -> None:

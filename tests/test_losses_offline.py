@@ -394,11 +394,19 @@ def test_confidence_grows_over_a_first_share_of_the_training(
     assert output.metrics["alpha"].item() == pytest.approx(alpha)
 
 
-def test_of_more_than_two_classes_the_student_believes_in_the_likeliest() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64)
-    batch = LabelBatch(logits=logits, labels=torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
-    output = weak_to_strong.loss(batch, weak_to_strong.Config(max_alpha=1.0))
-    assert output.loss.item() == pytest.approx(-logits.log_softmax(dim=1)[0, 1].item())
+@pytest.mark.parametrize("hard", [False, True])
+def test_of_more_than_two_classes_the_student_believes_in_the_likeliest_above_the_median(hard: bool) -> None:
+    # Greatest probabilities 0.5, 0.8, 0.6 and 0.9, of which the median is 0.7: the second and the fourth have a say.
+    rows = [[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.05, 0.05, 0.9]]
+    classes = torch.tensor([0, 0, 1, 2])
+    labels = classes if hard else torch.nn.functional.one_hot(classes, 3).double()
+    batch = LabelBatch(logits=torch.tensor(rows, dtype=torch.float64).log(), labels=labels)
+    output = weak_to_strong.loss(batch, weak_to_strong.Config(max_alpha=0.75))
+    mixed = -0.25 * math.log(0.1) - 0.75 * math.log(0.8)
+    expected = (-math.log(0.5) + mixed - math.log(0.2) - math.log(0.9)) / 4
+    assert output.loss.item() == pytest.approx(expected)
+    assert output.metrics["alpha"].item() == pytest.approx(0.75 * 2 / 4)
+    assert output.metrics["agreement"].item() == pytest.approx(2 / 4)
 
 
 def test_forward_correction_looks_through_the_confusion() -> None:
@@ -416,7 +424,25 @@ def test_a_confusion_whose_rows_are_no_distributions_is_refused() -> None:
             forward_correction.Config(confusion=confusion)
     three = LabelBatch(logits=torch.zeros(1, 3), labels=torch.ones(1, 3) / 3)
     with pytest.raises(ValueError, match="got confusion of 2 classes, wanted 3"):
-        forward_correction.loss(three, forward_correction.Config())
+        forward_correction.loss(three, forward_correction.Config(confusion=((0.9, 0.1), (0.1, 0.9))))
+
+
+def test_noise_is_a_confusion_with_every_other_class_alike() -> None:
+    logits = torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.5, -0.5]], dtype=torch.float64)
+    classes = torch.tensor([2, 0])
+    batch = LabelBatch(logits=logits, labels=torch.nn.functional.one_hot(classes, 3).double())
+    matrix = ((0.7, 0.15, 0.15), (0.15, 0.7, 0.15), (0.15, 0.15, 0.7))
+    spelt_out = forward_correction.loss(batch, forward_correction.Config(confusion=matrix)).loss
+    for labels in (batch.labels, classes):
+        got = forward_correction.loss(replace(batch, labels=labels), forward_correction.Config(noise=0.3)).loss
+        assert got.item() == pytest.approx(spelt_out.item())
+    clean = forward_correction.loss(batch, forward_correction.Config(noise=0.0)).loss
+    torch.testing.assert_close(clean, torch.nn.functional.cross_entropy(logits, classes))
+    two = replace(batch, logits=logits[:, :2], labels=batch.labels[:, :2])
+    default, old = (forward_correction.loss(two, config).loss for config in (
+        forward_correction.Config(), forward_correction.Config(confusion=((0.9, 0.1), (0.1, 0.9)))
+    ))  # fmt: skip
+    torch.testing.assert_close(default, old)
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens

@@ -547,6 +547,7 @@ def test_what_can_not_take_turns_is_refused() -> None:
     assert problems(tenant(most=3))[0].startswith("rollouts.autoscale.max: got 3")
     assert problems(tenant(), gpus_per_rank=0.5)[0].startswith("learner.training.gpus_per_rank: got 0.5")
     assert problems(tenant(), zero_stage=3)[0].startswith("learner.training.zero_stage: got 3")
+    assert problems(tenant(), offload="cpu")[0].startswith('learner.training.offload: got "cpu"')
     (line,) = problems(tenant(replicas=2, parallel=2))
     assert line.startswith("placement.colocate: the pools want 4 GPUs (2 × 2 rollouts), wanted at most the learner's 2")
 

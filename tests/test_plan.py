@@ -35,7 +35,10 @@ from trainers.memory_estimate import (
     directory_shape,
     engine_gpu_memory,
     engine_memory,
+    first_weights_bytes,
+    kl_probe_bytes,
     kv_bytes_per_token,
+    on_host,
     training_memory,
 )
 from trainers.plan import Plan, changed_keys, plan_run
@@ -170,9 +173,13 @@ def test_activations_are_those_of_one_micro_batch_and_no_more_than_the_batch_has
     # Two ranks of one pair each: 2 x 100 tokens at most.
     small = TrainingConfig(num_ranks=2, batch_size=2, micro_batch_tokens=4096)
     assert activation_bytes(shape(), small) == 200 * 2244
+    # Computed again: 3 inputs of 10 values, and one block's 180.
+    again = TrainingConfig(micro_batch_tokens=10, gradient_checkpointing=True)
+    assert activation_bytes(shape(), again) == 10 * (4 * (3 * 10 + 180) + 3 * 4 * 7)
 
 
-def test_activations_are_near_what_autograd_saves() -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_activations_are_near_what_autograd_saves(again: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -189,6 +196,9 @@ def test_activations_are_near_what_autograd_saves() -> None:
             max_position_embeddings=256,
         )
     )
+    if again:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -202,7 +212,11 @@ def test_activations_are_near_what_autograd_saves() -> None:
         token_logprobs(model(input_ids=token_ids, use_cache=False).logits, token_ids)
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     small = shape(hidden_size=64, intermediate_size=128, num_layers=2, kv_width=32, vocab_size=105, context=256)
-    estimate = activation_bytes(small, TrainingConfig(num_ranks=1, batch_size=1, micro_batch_tokens=512))
+    training = TrainingConfig(num_ranks=1, batch_size=1, micro_batch_tokens=512, gradient_checkpointing=again)
+    estimate = activation_bytes(small, training)
+    if again:
+        # The block that is computed again lives in the backward pass; the last norm, beside so little, counts.
+        estimate += 512 * 4 * (3 * 64 - (9 * 64 + 2 * 32 + 4 * 128))
     # Of the three copies of the logits one is saved; the other two live while the loss is computed.
     assert estimate - 2 * 4 * 105 * 512 == pytest.approx(found, rel=0.1)
 
@@ -223,6 +237,23 @@ def test_a_rank_takes_about_what_was_measured(stage: int, dtype: str, measured_m
     copy = measured.num_parameters * (4 if dtype == "fp32" else 2)
     estimate = sum(training_memory(measured, training).values()) + copy + RANK_PROCESS_BYTES
     assert estimate / (1 << 20) == pytest.approx(measured_mib, rel=0.12)
+
+
+def test_what_is_computed_by_the_first_weights_and_a_kl_budget_are_counted() -> None:
+    training = TrainingConfig(num_ranks=2, batch_size=2, dtype="bf16", zero_stage=3)
+    assert first_weights_bytes(shape(), training) == 2000
+    # Three times 8 responses of 100 tokens over a vocabulary of 7.
+    assert kl_probe_bytes(shape(), num_ranks=2, num_sequences=16) == 3 * 8 * 100 * 7 * 4
+
+
+def test_what_is_offloaded_takes_the_hosts_memory() -> None:
+    def hosts(**training: Any) -> frozenset[str]:
+        return on_host(TrainingConfig.model_validate(training))
+
+    assert hosts(zero_stage=3) == frozenset()
+    assert hosts(zero_stage=1, offload="cpu") == {"optimizer"}
+    assert hosts(zero_stage=2, offload="cpu") == {"optimizer", "gradients"}
+    assert hosts(zero_stage=3, offload="cpu") == {"optimizer", "gradients", "weights"}
 
 
 def test_a_checkpoint_holds_weights_moments_and_under_zero_the_masters() -> None:
@@ -444,7 +475,18 @@ def test_an_iterations_work_is_what_the_config_multiplies_to(tmp_path: Path) -> 
     assert (work.proposals, work.evaluation["sealed"]) == (464, 24)
 
 
-@pytest.mark.parametrize(("loss", "material"), [("rloo", "samples"), ("sft", "accepted")])
+@pytest.mark.parametrize("loss", ["exo_group", "pro"])
+def test_a_loss_of_groups_is_given_a_row_for_each_query(loss: str, tmp_path: Path) -> None:
+    flags = (f"loss.kind={loss}", "loop.queries_per_iteration=40", "rollouts.sampling.num_samples=5", "loop.epochs=2")
+    work = plan_of(tmp_path, *flags).work
+    # 40 groups are three steps of 16 at most, twice.
+    assert (work.material, work.rows, work.optimizer_steps) == ("groups", 40, 6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "material"),
+    [("rloo", "samples"), ("sft", "accepted"), ("weak_to_strong", "accepted"), ("forward_correction", "accepted")],
+)
 def test_a_loss_of_answers_is_given_all_that_are_sampled_at_most(loss: str, material: str, tmp_path: Path) -> None:
     flags = (f"loss.kind={loss}", "loop.queries_per_iteration=10", "rollouts.sampling.num_samples=5", "loop.epochs=1")
     work = plan_of(tmp_path, *flags).work

@@ -27,8 +27,9 @@ from serve.report_samples import DIMENSIONS, MOST_CHARACTERS, ROOM, Room, link, 
 from serve.report_story import story
 from serve.visible_text import visible
 from tests.synthetic_run import RIGHT, WRONG, make_row, make_summary, write_journal, write_start
+from trainers.mixed_feedback import powered_mean
 from trainers.statistics import paired_gain, wilson
-from trainers.summary import GainSummary, IterationMetrics, append_metrics, write_summary
+from trainers.summary import FeedbackMetrics, GainSummary, IterationMetrics, append_metrics, write_summary
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=http://evil.test/x onerror=alert(1)>"
 BACKWARDS = "12\u202e34\u200b5"
@@ -133,6 +134,16 @@ def test_a_loss_and_no_gain_are_said_as_they_are(tmp_path: Path, num_before: int
     gain = paired_gain([i < num_before for i in range(100)], [i < num_after for i in range(100)])
     summary = make_summary(ROWS).model_copy(update={"sealed_accuracy": GainSummary.of(gain)})
     assert says in story(summary, ROWS, read_journal(tmp_path), oversight=None)[0]
+
+
+def test_updates_that_a_kl_budget_ended_are_named(tmp_path: Path) -> None:
+    journal, summary = read_journal(tmp_path), make_summary(ROWS)
+    cut = [row.model_copy(update={"training": {"num_left_out": 4.0 + row.iteration}}) for row in ROWS[1:]]
+    said = story(summary, [ROWS[0], *cut], journal, oversight=None)[1]
+    assert said.endswith(
+        "Stopped by KL budget: 2 updates ended early (iteration 2, 3), with 13 optimizer steps left out."
+    )
+    assert "budget:" not in story(summary, ROWS, journal, oversight=None)[1]
 
 
 def test_a_control_says_that_it_is_one(tmp_path: Path) -> None:
@@ -341,6 +352,27 @@ def test_the_experts_load_is_held_against_their_budget(tmp_path: Path) -> None:
     assert [[cell.text for cell in row] for row in matrix.rows] == [["pass", "0", "6", "0"]]
 
 
+def test_what_experts_would_fail_is_shown_where_answers_were_drawn_for_them(tmp_path: Path) -> None:
+    assert report_judges.expected_failures(ROWS) == ()
+    found = powered_mean([1, 0, 0, 1], [1, 0, 1, 1], [1.0, 0.0, 0.0, 1.0, 0.0], kappa=1.0)
+    told = FeedbackMetrics.of(found, checked={"pass": 3, "pass wrong": 1, "fail": 1}, rates={}, num_expert_pairs=2)
+    assert told is not None
+    rows = [ROWS[0], *(row.model_copy(update={"feedback": told}) for row in ROWS[1:])]
+    (chart,) = report_judges.expected_failures(rows)
+    line = next(trace for trace in json.loads(chart.figure.to_json())["data"] if trace.get("customdata"))
+    # 0.4 + (0.5 - 0.75)
+    assert line["x"] == [2, 3]
+    assert line["y"] == pytest.approx([0.15, 0.15])
+    write_start(tmp_path)
+    for row in rows:
+        append_metrics(tmp_path, row)
+        write_journal(tmp_path, iteration=row.iteration, is_last=row.iteration == 3)
+    write_summary(tmp_path, make_summary(rows))
+    page = _Page(write_report(tmp_path).read_text())
+    assert "What experts would fail" in page.text
+    assert [rows_of(page, address) for address in line["customdata"]] == [(12, 12)] * 2
+
+
 def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
     write_journal(tmp_path, iteration=1, num_queries=5)
     directory = tmp_path / "journal" / "iteration=000001"
@@ -360,16 +392,22 @@ def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
         *("in no pair", "in no pair"),
     ]
     # Without pairs every judged answer, or every one that passes, was trained on.
-    scored = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="samples").live}
-    assert Counter(scored.values()) == {"trained on": 7, "unjudged": 3}
+    for material in ("samples", "groups"):
+        scored = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material=material).live}
+        assert Counter(scored.values()) == {"trained on": 7, "unjudged": 3}
     accepted = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="accepted").live}
     assert Counter(accepted.values()) == {"trained on": 3, "fails": 4, "unjudged": 3}
+    # What a reward model scored was trained on, judged or not.
+    pq.write_table(pa.table({"response_id": ["q1-2-r0"]}), directory / "rewards.parquet")
+    rewarded = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="samples").live}
+    assert rewarded == scored | {"q1-2-r0": "trained on"}
 
 
 @pytest.mark.parametrize(
     ("material", "says", "fact"),
     [
         ("samples", "trained on 180 answers, each with the score of its verdict", "Scored answers trained"),
+        ("groups", "trained on 180 groups of judged answers", "Groups of answers trained"),
         ("accepted", "trained on 180 answers that passed", "Passing answers trained"),
     ],
 )
@@ -383,6 +421,21 @@ def test_a_loss_of_answers_is_not_told_of_as_one_of_pairs(material: Any, says: s
     assert fact in page.text
     assert "Answers trained, and what was left out" in page.text
     assert "of a passing and a failing answer" not in page.text
+
+
+def test_a_reward_models_scores_are_told_of_as_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["material"] = "samples"
+        row["training"] |= {"reward_model_pairs": 40.0, "reward_model_held_out": 0.0}
+        if number == 0:
+            row["training"] |= {"reward_model_held_out": 10.0, "reward_model_accuracy": 0.7}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = _Page(write_report(run).read_text(encoding="utf-8"))
+    pairs = 40 * len(rows)
+    assert f"the score of a reward model, which learnt from {pairs} pairs of a passing and a failing" in page.text
+    assert "of 10 others, never learnt from, it put 7 in the right order" in page.text
 
 
 # -------------------------------------------------------------------------------------------------------------- samples

@@ -334,6 +334,19 @@ def test_a_state_that_json_cannot_hold_leaves_the_iteration_open(run: Path) -> N
 # ------------------------------------------------------------------------------------------------ commits that fail
 
 
+def test_checkpoints_of_several_are_pruned_alike(run: Path) -> None:
+    with make_run(run) as store:
+        for number in range(4):
+            directories = [store.checkpoint_dir(number, of=of) for of in (None, "reward")]
+            for directory in directories:
+                directory.mkdir(parents=True)
+                (directory / "weights").write_bytes(b"w")
+            files = [file for directory in directories for file in digest_directory(directory, root=run)]
+            store.commit(number, state={}, checkpoint=files)
+        for kind in ("checkpoints", "checkpoints-reward"):
+            assert sorted(path.name for path in (run / kind).iterdir()) == ["iteration=000002", "iteration=000003"]
+
+
 def commit_with_checkpoint(store: RunStore, name: str) -> None:
     directory = store.checkpoint_dir(store.iteration)
     directory.mkdir()

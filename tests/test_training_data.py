@@ -13,8 +13,18 @@ from actors.records import Issue, Verdict
 from cluster.config import plugin_names
 from tests.small_records import make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows, token_rows
+from trainers.group_rows import group_rows
 from trainers.preferences import PreferenceConfig, build_pairs
-from trainers.training_data import TrainingData, material_of, of_accepted, of_pairs, of_samples, reads_spans
+from trainers.training_data import (
+    TrainingData,
+    learns_from_equals,
+    material_of,
+    of_accepted,
+    of_groups,
+    of_pairs,
+    of_samples,
+    reads_spans,
+)
 
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
 
@@ -40,8 +50,10 @@ def test_every_loss_is_told_what_it_learns_from_or_that_no_iteration_makes_it() 
         "ppo", "relc", "grpo", "rloo", "reinforce_pp",
     }  # fmt: skip
     assert {found[name] for name in ("dpo", "cdpo", "rdpo", "ipo", "exo", "rso", "kto")} == {"pairs"}
-    assert {found[name] for name in ("sft", "token_noise", "span_noise", "gce")} == {"accepted"}
-    assert {found[name] for name in ("bradley_terry", "pro", "exo_group", "weak_to_strong")} == {None}
+    accepted = ("sft", "token_noise", "span_noise", "gce", "weak_to_strong", "forward_correction")
+    assert {found[name] for name in accepted} == {"accepted"}
+    assert {name for name, material in found.items() if material == "groups"} == {"pro", "exo_group"}
+    assert found["bradley_terry"] is None
     assert [name for name in found if reads_spans(name)] == ["relc", "span_noise"]
 
 
@@ -106,7 +118,73 @@ def test_with_spans_a_response_that_fails_at_a_quoted_flaw_is_learnt_up_to_it() 
     assert rows.flags[0].tolist() == [False] * 7 + [True] * 2
 
 
-@pytest.mark.parametrize("make", [of_samples, of_accepted])
+def groups_of(*answers: tuple[str, str, float | None], equals: bool, sources: Sequence[str] = ()) -> TrainingData:
+    """Group answers of one query each: its id, a text, a score."""
+    judged = [make_judged(f"r{i}", 0.5, query_id=query, text=text) for i, (query, text, _) in enumerate(answers)]
+    verdicts = [
+        make_verdict(f"r{i}", score, query_id=query, source=sources[i] if sources else "critic")
+        for i, (query, _, score) in enumerate(answers)
+    ]
+    return of_groups(judged, verdicts, version=0, max_age=0, equals=equals)
+
+
+def test_groups_are_queries_with_their_judged_responses_and_scores() -> None:
+    data = groups_of(
+        ("q0", "a", 0.9), ("q0", "b", 0.2), ("q1", "a", 0.8), ("q0", "c", None), ("q1", "b", 0.1), ("q0", "d", 0.4),
+        equals=False,
+    )  # fmt: skip
+    assert (data.row_ids, data.places) == (("q0", "q1"), ("0", "1"))
+    assert data.response_ids == ("r0", "r1", "r5", "r2", "r4")
+    assert data.dropped == {"unjudged": 1}
+    rows = group_rows(data.table)
+    assert rows.sizes.tolist() == [3, 2]
+    assert rows.rewards.tolist() == [0.9, 0.2, 0.4, 0.8, 0.1]
+    assert rows.documents.token_ids[2].tolist() == [1, 2, 3, ord("d"), 0]
+    assert rows.rollout_logprobs is not None
+    assert [len(values) for values in rows.rollout_logprobs[1]] == [2, 2]
+
+
+def test_a_text_is_one_candidate_whose_reward_is_what_its_verdicts_say_on_average() -> None:
+    answers = (("q0", "2 + 2 = 4", 0.9), ("q0", " 2 + 2  = 4\n", 0.6), ("q0", "5", 0.1))
+    data = groups_of(*answers, equals=False)
+    assert data.dropped == {"duplicate": 1}
+    assert data.response_ids == ("r0", "r2")
+    assert data.table.column("rewards").to_pylist() == [[0.75, 0.1]]
+    # Where an expert was asked, the critic's score is left out of it.
+    asked = groups_of(*answers, equals=False, sources=("critic", "expert", "critic"))
+    assert asked.table.column("rewards").to_pylist() == [[0.6, 0.1]]
+
+
+def test_queries_that_rank_nothing_are_left_out_unless_equal_scores_teach_something() -> None:
+    answers = (
+        ("q0", "a", 0.5),
+        ("q0", "b", 0.5),
+        ("q1", "a", 0.9),
+        ("q1", "a", 0.8),
+        ("q2", "a", 0.9),
+        ("q2", "b", 0.1),
+    )
+    ranked = groups_of(*answers, equals=learns_from_equals("pro"))
+    assert ranked.row_ids == ("q2",)
+    assert ranked.dropped == {"duplicate": 1, "lone": 1, "equal_scores": 1}
+    held = groups_of(*answers, equals=learns_from_equals("exo_group"))
+    assert held.row_ids == ("q0", "q2")
+    assert held.dropped == {"duplicate": 1, "lone": 1}
+
+
+def test_a_groups_age_is_that_of_its_oldest_response() -> None:
+    judged = [make_judged("r0", 0.9), aged(make_judged("r1", 0.1), "v-2"), aged(make_judged("r2", 0.4), "v-3")]
+    verdicts = [make_verdict("r0", 0.9), make_verdict("r1", 0.1), make_verdict("r2", 0.4)]
+    data = of_groups(judged, verdicts, version=0, max_age=2, equals=False)
+    assert data.table.column("age").to_pylist() == [2]
+    assert data.dropped == {"stale": 1}
+
+
+def grouped(judged: Sequence[Judged], verdicts: Sequence[Verdict], **settings: Any) -> TrainingData:
+    return of_groups(judged, verdicts, version=settings["version"], max_age=settings["max_age"], equals=True)
+
+
+@pytest.mark.parametrize("make", [of_samples, of_accepted, grouped])
 def test_nothing_judged_is_no_data(make: Any) -> None:
     data: TrainingData = make([make_judged("r0")], [make_verdict("r0", None)], **FRESH)
     assert (data.row_ids, data.dropped) == ((), {"unjudged": 1})

@@ -21,8 +21,10 @@ import torch
 from cluster.weights import iter_tensors
 from tests.one_loop import Loop
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
+from trainers.kl import KlBudget
 from trainers.logprobs import token_logprobs
 from trainers.losses import dpo, sft
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import (
     CorruptCheckpoint,
     ModelSource,
@@ -132,12 +134,25 @@ async def train(
 
 
 async def update(
-    group: TrainingGroup, *, start: int = 0, num_steps: int = 3, order: list[int] | None = None
+    group: TrainingGroup,
+    *,
+    start: int = 0,
+    num_steps: int = 3,
+    order: list[int] | None = None,
+    reference_weights: ReferenceWeights = "start_of_update",
+    kl_budget: KlBudget | None = None,
 ) -> UpdateReport:
     ids = IDS if order is None else [IDS[row] for row in order]
     plan = TrainingPlan.of(ids, batch_size=8, epochs=2, seed=0)
     part = TrainingPlan(row_ids=plan.row_ids, steps=plan.steps[start : start + num_steps])
-    return await group.update(pair_table(order), loss="dpo", loss_config=dpo.Config(nll_weight=0.1), plan=part)
+    return await group.update(
+        pair_table(order),
+        loss="dpo",
+        loss_config=dpo.Config(nll_weight=0.1),
+        plan=part,
+        reference_weights=reference_weights,
+        kl_budget=kl_budget,
+    )
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -175,6 +190,7 @@ def test_a_report_names_every_applied_slot_and_its_tokens(
     # Warm-up over two steps to 1e-3.
     assert [step.learning_rate for step in report.steps] == pytest.approx([5e-4, 1e-3, 1e-3])
     table = pair_table()
+    assert 1.0 <= report.rank_balance == report.means["rank_balance"] < 1.2
     lengths = [
         2 * len(prompt) + len(chosen) + len(rejected)
         for prompt, chosen, rejected in zip(
@@ -234,6 +250,176 @@ def test_zero_stages_train_the_same_weights(
     assert difference(got, reference[1]) <= 1e-5
     wanted = [step.grad_norm for step in reference[0].steps]
     assert [step.grad_norm for step in report.steps] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_lies_in_the_hosts_memory_trains_the_same_weights(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+    stage: Literal[2, 3],
+) -> None:
+    config = settings(zero_stage=stage).model_copy(update={"offload": "cpu"})
+    _, got = loop.run(train(pair, config=config, source=models["tied"]))
+    assert difference(got, reference[1]) <= 1e-5
+
+
+def test_pairs_whose_prompts_are_computed_once_train_the_same_weights(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+) -> None:
+    config = settings().model_copy(update={"shared_prompts": True})
+    report, got = loop.run(train(pair, config=config, source=models["tied"]))
+    assert difference(got, reference[1]) <= 1e-5
+    assert report.steps[0].metrics["chosen_logratio"] == 0.0
+    whole = sum(step.num_padded_tokens for step in reference[0].steps)
+    assert sum(step.num_padded_tokens for step in report.steps) < 0.95 * whole
+
+
+def test_gradients_of_what_is_computed_again_are_the_same(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+) -> None:
+    config = settings().model_copy(update={"gradient_checkpointing": True})
+    report, got = loop.run(train(pair, config=config, source=models["tied"]))
+    assert difference(got, reference[1]) <= 1e-6
+    wanted = [step.grad_norm for step in reference[0].steps]
+    assert [step.grad_norm for step in report.steps] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_kl_budget_measures_what_it_says_and_ends_the_update(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+) -> None:
+    plenty = KlBudget(enabled=True, every=2, num_sequences=2 * NUM_PAIRS)
+    little = KlBudget(enabled=True, every=1, update=1e-9)
+    run_spent = KlBudget(enabled=True, run=1e-9)
+
+    async def call() -> tuple[UpdateReport, UpdateReport, UpdateReport]:
+        await pair.reopen(config=settings(), source=models["tied"])
+        measured = await update(pair, kl_budget=plenty)
+        # To measure changes nothing.
+        assert difference(await weights(pair), reference[1]) == 0.0
+        before = await weights(pair)
+        frozen = await update(pair, num_steps=4, kl_budget=run_spent)
+        assert difference(await weights(pair), before) == 0.0
+        await pair.reopen(config=settings(), source=models["tied"])
+        cut = await update(pair, num_steps=4, kl_budget=little)
+        ended = await weights(pair)
+        await pair.reopen(config=settings(), source=models["tied"])
+        await update(pair, num_steps=1)
+        assert difference(await weights(pair), ended) == 0.0
+        return measured, frozen, cut
+
+    measured, frozen, cut = loop.run(call())
+    assert [step.kl is None for step in measured.steps] == [True, False, False]
+    assert measured.kl is not None
+    assert measured.kl.update == measured.kl.run == pytest.approx(kl_by_hand(models["tied"], reference[1]), rel=1e-4)
+    assert (measured.stopped_by, measured.num_left_out) == (None, 0)
+    assert measured.staleness["kl_at_start"] == 0.0
+    # The run's budget was spent before this update: not a step of it.
+    assert (frozen.steps, frozen.slots, frozen.stopped_by, frozen.num_left_out) == ((), (), "run", 4)
+    assert frozen.kl is not None
+    assert frozen.kl.run > 1e-9
+    assert (len(cut.steps), cut.stopped_by, cut.num_left_out) == (1, "update", 3)
+    assert {slot.step for slot in cut.slots} == {0}
+    assert cut.means["num_left_out"] == 3.0
+
+
+def test_all_of_it_goes_together_under_zero_3(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+) -> None:
+    """Every pass over the split weights is a collective; the first weights' are none."""
+    extras = {"shared_prompts": True, "gradient_checkpointing": True, "offload": "cpu"}
+    budget = KlBudget(enabled=True, every=1, num_sequences=5)  # unevenly dealt
+
+    async def call() -> tuple[UpdateReport, UpdateReport]:
+        await pair.reopen(config=settings(zero_stage=3).model_copy(update=extras), source=models["tied"])
+        first = await update(pair, reference_weights="bootstrap", kl_budget=budget)
+        assert difference(await weights(pair), reference[1]) <= 1e-5
+        return first, await update(pair, reference_weights="bootstrap", kl_budget=budget)
+
+    first, second = loop.run(call())
+    assert first.kl is not None
+    assert first.kl.update == first.kl.run > 0.0
+    assert second.kl is not None
+    assert second.kl.update != second.kl.run
+    assert second.staleness["kl_at_start"] == pytest.approx(first.kl.run, rel=1e-4)
+    assert second.staleness["reference_cached_share"] == 1.0
+
+
+def kl_by_hand(source: ModelSource, now: dict[str, torch.Tensor]) -> float:
+    """Return KL(now || source) in nats, summed over a response's tokens: mean over all responses of the table."""
+    from transformers import AutoModelForCausalLM
+
+    then = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    moved = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    moved.load_state_dict(now, strict=False)
+    total, num = 0.0, 0
+    for row in pair_table().to_pylist():
+        for side in ("chosen_token_ids", "rejected_token_ids"):
+            prompt, ids = row["prompt_token_ids"], torch.tensor([row["prompt_token_ids"] + row[side]])
+            with torch.no_grad():
+                p, q = (model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (moved, then))
+            total += float((p.exp() * (p - q)).sum())
+            num += 1
+    return total / num
+
+
+def test_the_runs_first_weights_are_a_reference_whose_log_probs_are_kept(
+    loop: Loop,
+    pair: TrainingGroup,
+    models: dict[str, ModelSource],
+    reference: tuple[UpdateReport, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    async def call() -> tuple[list[UpdateReport], list[dict[str, torch.Tensor]]]:
+        reports, after = [], []
+
+        async def first(reference_weights: ReferenceWeights) -> None:
+            await pair.reopen(config=settings(), source=models["tied"])
+            reports.append(await update(pair, reference_weights=reference_weights))
+            assert difference(await weights(pair), reference[1]) == 0.0  # the update's start is the run's
+
+        async def second() -> None:
+            reports.append(await update(pair, reference_weights="bootstrap"))
+            after.append(await weights(pair))
+
+        await first("bootstrap")
+        await pair.save(tmp_path / "checkpoint")
+        await second()  # every pair is known
+        await first("start_of_update")
+        await second()  # none is
+        await pair.reopen(config=settings(), source=models["tied"])
+        await pair.load(tmp_path / "checkpoint")
+        await second()  # every pair is known from the checkpoint
+        await pair.reopen(config=settings(), source=models["other"])
+        await pair.load(tmp_path / "checkpoint")
+        await second()  # another reference: none is
+        return reports, after
+
+    (fresh, kept, plain, computed, loaded, other), after = loop.run(call())
+    shares = [
+        report.staleness.get("reference_cached_share") for report in (fresh, kept, plain, computed, loaded, other)
+    ]
+    assert shares == [0.0, 1.0, None, 0.0, 1.0, 0.0]
+    assert fresh.staleness["reference_sequences"] == 2 * NUM_PAIRS
+    # By the first weights, not by those of the update's start.
+    assert kept.steps[0].metrics["chosen_logratio"] != 0.0
+    same = [[(s.loss, s.grad_norm, s.metrics) for s in report.steps] for report in (kept, computed, loaded)]
+    assert same[0] == same[1] == same[2]
+    assert difference(after[0], after[1]) == difference(after[0], after[2]) == 0.0
+    assert difference(after[0], after[3]) > 0.0
 
 
 def test_bf16_trains_at_zero_2_and_publishes_bf16(
@@ -306,6 +492,39 @@ def test_training_goes_on_from_a_checkpoint_bit_by_bit(
     straight, resumed = loop.run(call())
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_goes_on_with_another_number_of_ranks(
+    loop: Loop,
+    pair: TrainingGroup,
+    single: TrainingGroup,
+    models: dict[str, ModelSource],
+    tmp_path: Path,
+    stage: Literal[0, 1, 2, 3],
+) -> None:
+    async def call(before: TrainingGroup, after: TrainingGroup) -> None:
+        path = tmp_path / before.name
+        await before.reopen(config=settings(num_ranks=before.config.num_ranks, zero_stage=stage), source=models["tied"])
+        await update(before, num_steps=2)
+        files = await before.save(path)
+        await update(before, start=2, num_steps=1)
+        straight = await weights(before)
+        await after.reopen(config=settings(num_ranks=after.config.num_ranks, zero_stage=stage), source=models["other"])
+        await after.load(path, files=files)
+        report = await update(after, start=2, num_steps=1)
+        assert report.steps[0].optimizer_step == 2
+        resumed = await weights(after)
+        assert difference(straight, resumed) <= 1e-5
+        # It saves and loads as any other.
+        await after.save(path)
+        await update(after, num_steps=1)
+        await after.load(path)
+        assert difference(await weights(after), resumed) == 0.0
+        assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
+
+    loop.run(call(pair, single))
+    loop.run(call(single, pair))
 
 
 def test_a_damaged_checkpoint_is_refused_before_it_is_read_and_the_group_lives_on(

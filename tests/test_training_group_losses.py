@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pyarrow as pa
 import pytest
@@ -19,6 +19,7 @@ from tests.tiny_models import write_llama
 from trainers.logprobs import token_logprobs
 from trainers.losses import PairBatch, UnpairedBatch, gce, kto, load_loss, span_noise, token_noise
 from trainers.run_config import load_run_config
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup, TrainingPlan, UpdateReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -27,6 +28,8 @@ T = TypeVar("T")
 IDS = [f"p{i:02d}" for i in range(10)]
 PAIR_LOSSES = [name for name in plugin_names("trainers.losses") if load_loss(name).batch in (PairBatch, UnpairedBatch)]
 NOISE, MARGIN = 0.2, 0.3
+FLAGS = {"dpo": (("loss.nll_weight", "0"),), "modpo": (("objectives.weights", "[0.5, 0.5]"),)}
+"""A run's dpo has an NLL term unless it is told otherwise, and its modpo wants to know of what objectives."""
 
 
 def settings(
@@ -66,6 +69,37 @@ def pair_table() -> pa.Table:
     )
 
 
+def group_table() -> pa.Table:
+    """Groups of 1 to 5 responses."""
+    generator = random.Random(1)
+
+    def ids(least: int, most: int) -> list[int]:
+        return [generator.randrange(6, 100) for _ in range(generator.randrange(least, most))]
+
+    sizes = [1 + i % 5 for i in range(len(IDS))]
+    return pa.table(
+        {
+            "row_id": IDS,
+            "prompt_token_ids": [ids(3, 10) for _ in IDS],
+            "responses_token_ids": [[ids(2, 20) for _ in range(size)] for size in sizes],
+            "rewards": [[generator.random() for _ in range(size)] for size in sizes],
+            "weight": [0.5 + generator.random() for _ in IDS],
+        }
+    )
+
+
+def label_table() -> pa.Table:
+    pairs = pair_table()
+    return pa.table(
+        {
+            "row_id": IDS,
+            "prompt_token_ids": pairs.column("prompt_token_ids"),
+            "response_token_ids": pairs.column("chosen_token_ids"),
+            "weight": pairs.column("weight"),
+        }
+    )
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return ModelSource(path=str(write_llama(Path(tmp_path_factory.mktemp("models")) / "llama", tied=True)))
@@ -83,14 +117,22 @@ def groups(loop: Loop, source: ModelSource) -> Iterator[dict[int, TrainingGroup]
 
 
 async def train(
-    group: TrainingGroup, *, source: ModelSource, config: TrainingConfig, name: str
+    group: TrainingGroup,
+    *,
+    source: ModelSource,
+    config: TrainingConfig,
+    name: str,
+    table: pa.Table | None = None,
+    reference_weights: ReferenceWeights = "start_of_update",
 ) -> tuple[UpdateReport, dict[str, torch.Tensor]]:
     """Two epochs of two steps of five pairs from the source's weights, with the settings that a TOML gives."""
-    # A run's dpo has an NLL term unless it is told otherwise.
-    run = load_run_config([], flags=[("loss.kind", name)] + ([("loss.nll_weight", "0")] if name == "dpo" else []))
+    run = load_run_config([], flags=[("loss.kind", name), *FLAGS.get(name, ())])
     plan = TrainingPlan.of(IDS, batch_size=5, epochs=2, seed=0)
     await group.reopen(config=config, source=source)
-    report = await group.update(pair_table(), loss=run.loss.kind, loss_config=run.loss, plan=plan)
+    given = pair_table() if table is None else table
+    report = await group.update(
+        given, loss=run.loss.kind, loss_config=run.loss, plan=plan, reference_weights=reference_weights
+    )
     manifest = await group.publish(version="v1")
     return report, {name: tensor.clone() for name, tensor in iter_tensors(manifest)}
 
@@ -125,6 +167,148 @@ def test_a_loss_named_in_a_toml_trains_pairs_alike_on_one_rank_and_on_two(
         assert one.metrics == pytest.approx(other.metrics, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["exo_group", "pro", "weak_to_strong", "forward_correction"])
+def test_a_loss_of_groups_or_labels_named_in_a_toml_trains_alike_on_one_rank_and_on_two(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
+) -> None:
+    table = group_table() if name in ("exo_group", "pro") else label_table()
+    # The second rank's three of five rows do not fit into one micro-batch, and under ZeRO 3 all must follow.
+    one, two = settings(1), settings(2, micro_batch_tokens=40, zero_stage=3 if name == "weak_to_strong" else 0)
+    report, weights = loop.run(train(groups[1], source=source, config=one, name=name, table=table))
+    assert report.steps[0].loss == pytest.approx(first_loss(name, table, source), abs=1e-5)
+    assert [step.applied for step in report.steps] == [True] * 4
+    first, second = (epoch_loss(name, table, report, epoch=epoch) for epoch in (0, 1))
+    assert second < first
+    if name == "weak_to_strong":
+        # Half of the tokens have a say; a fifth of the way is none of the first step, and all of the second.
+        assert [step.metrics["alpha"] for step in report.steps] == pytest.approx([0.0, 0.25, 0.25, 0.25], abs=0.02)
+    again, same = loop.run(train(groups[2], source=source, config=two, name=name, table=table))
+    assert max(float((weights[key] - same[key]).abs().max()) for key in weights) <= 1e-6
+    for step, other in zip(report.steps, again.steps, strict=True):
+        assert step.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
+        assert step.metrics == pytest.approx(other.metrics, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kto", "exo_group"])
+def test_the_runs_first_weights_are_the_reference_of_mismatched_pairs_and_of_groups_too(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
+) -> None:
+    """The first update begins at them, so both references are the same."""
+    table = group_table() if name == "exo_group" else pair_table()
+    reports = []
+    for reference_weights in get_args(ReferenceWeights):
+        training = train(
+            groups[2],
+            source=source,
+            config=settings(2),
+            name=name,
+            table=table,
+            reference_weights=reference_weights,
+        )
+        reports.append(loop.run(training)[0])
+    own, first = ([(step.loss, step.grad_norm, step.metrics) for step in report.steps] for report in reports)
+    assert own == first
+    assert reports[1].staleness["reference_sequences"] > len(IDS)
+    assert "reference_sequences" not in reports[0].staleness
+
+
+def test_the_reference_of_groups_may_be_the_first_weights(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    table, loss_config = group_table(), load_loss("exo_group").Config()
+    plan = TrainingPlan.of(IDS, batch_size=10, epochs=1, seed=0)
+
+    async def call() -> tuple[list[float], dict[str, torch.Tensor]]:
+        await groups[2].reopen(config=settings(2, micro_batch_tokens=40, learning_rate=1e-3), source=source)
+        await groups[2].update(table, loss="exo_group", loss_config=loss_config, plan=plan)
+        manifest = await groups[2].publish(version="v1")
+        weights = {name: tensor.clone() for name, tensor in iter_tensors(manifest)}
+        report = await groups[2].update(
+            table, loss="exo_group", loss_config=loss_config, plan=plan, reference_weights="bootstrap"
+        )
+        return [step.loss for step in report.steps], weights
+
+    losses, weights = loop.run(call())
+    first, now = (AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32) for _ in range(2))
+    now.load_state_dict(weights, strict=False)
+    columns: dict[str, Any] = table.to_pydict()
+    total = 0.0
+    for row in range(len(IDS)):
+        prompt = columns["prompt_token_ids"][row]
+        logratios = []
+        for response in columns["responses_token_ids"][row]:
+            ids = torch.tensor([prompt + response])
+            sums = [
+                token_logprobs(model(input_ids=ids).logits, ids)[0, len(prompt) :].sum().item()
+                for model in (now, first)
+            ]
+            logratios.append(sums[0] - sums[1])
+        log_p = (0.5 * torch.tensor(logratios, dtype=torch.float64)).log_softmax(0)
+        log_q = (torch.tensor(columns["rewards"][row], dtype=torch.float64) / 0.5).log_softmax(0)
+        total += columns["weight"][row] * float((log_p.exp() * (log_p - log_q)).sum())
+    assert losses == [pytest.approx(total / sum(columns["weight"]), abs=1e-5)]
+    assert abs(losses[0] - first_loss("exo_group", table, source, plan=plan)) > 1e-3
+
+
+def epoch_loss(name: str, table: pa.Table, report: UpdateReport, *, epoch: int) -> float:
+    """Return what all rows cost together: steps differ in what they are a mean over."""
+    weights = dict(zip(IDS, table.column("weight").to_pylist(), strict=True))
+    if name in ("weak_to_strong", "forward_correction"):
+        lengths = map(len, table.column("response_token_ids").to_pylist())
+        weights = {row: weights[row] * length for row, length in zip(IDS, lengths, strict=True)}
+    rows = [slot for slot in report.slots if slot.epoch == epoch]
+    return math.fsum(report.steps[slot.step].loss * weights[slot.row_id] for slot in rows)
+
+
+def first_loss(name: str, table: pa.Table, source: ModelSource, *, plan: TrainingPlan | None = None) -> float:
+    """Return what the first step's rows cost by hand, with transformers' own log-probs of one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    rows = (plan or TrainingPlan.of(IDS, batch_size=5, epochs=2, seed=0)).steps[0].rows
+    columns: dict[str, Any] = {key: table.column(key).to_pylist() for key in table.column_names}
+
+    def logprobs(prompt: list[int], response: list[int]) -> list[float]:
+        ids = torch.tensor([prompt + response])
+        found: list[float] = token_logprobs(model(input_ids=ids).logits, ids)[0, len(prompt) :].tolist()
+        return found
+
+    total = denominator = 0.0
+    for row in rows:
+        prompt, weight = columns["prompt_token_ids"][row], columns["weight"][row]
+        if name == "exo_group":
+            # All log-ratios are 0: p is uniform.
+            rewards = torch.tensor(columns["rewards"][row], dtype=torch.float64)
+            log_q = (rewards / 0.5).log_softmax(0)
+            total -= weight * float(math.log(len(rewards)) + log_q.mean())
+            denominator += weight
+        elif name == "pro":
+            total += weight * ranking_loss([logprobs(prompt, r) for r in columns["responses_token_ids"][row]],
+                                           columns["rewards"][row])  # fmt: skip
+            denominator += weight
+        else:
+            found = logprobs(prompt, columns["response_token_ids"][row])
+            if name == "forward_correction":
+                other = 0.1 / (model.config.vocab_size - 1)
+                found = [math.log((0.9 - other) * math.exp(value) + other) for value in found]
+            total -= weight * sum(found)
+            denominator += weight * len(found)
+    return total / denominator
+
+
+def ranking_loss(logprobs: list[list[float]], rewards: list[float]) -> float:
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+    scores = [sum(values) / len(values) for values in logprobs]
+    cost = 0.05 * (len(order) - 1) ** 2 * -sum(logprobs[order[0]])
+    for place, best in enumerate(order[:-1]):
+        gaps = {i: rewards[best] - rewards[i] for i in order[place + 1 :]}
+        own = scores[best] * max(gaps.values())
+        cost += math.log(math.exp(own) + sum(math.exp(scores[i] * gap) for i, gap in gaps.items())) - own
+    return cost
+
+
 def test_a_first_pass_is_a_collective_that_zero_3_can_follow(
     loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
 ) -> None:
@@ -142,6 +326,15 @@ def test_a_pairs_own_noise_reaches_the_loss(loop: Loop, groups: dict[int, Traini
         loop.run(train(groups[1], source=source, config=settings(1), name=name)) for name in ("dpo", "cdpo")
     )
     assert smoothed.steps[0].grad_norm / plain.steps[0].grad_norm == pytest.approx(0.6, rel=1e-4)
+
+
+def test_margins_of_other_objectives_reach_modpo_in_the_place_of_the_pairs_own(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    table = pair_table().append_column("other_margins", pa.array([[0.4]] * len(IDS)))
+    report, _ = loop.run(train(groups[2], source=source, config=settings(2), name="modpo", table=table))
+    # softplus(0.5 * 0.4 / 0.5)
+    assert report.steps[0].loss == pytest.approx(math.log1p(math.exp(0.4)), abs=1e-4)
 
 
 def test_kto_measures_its_reference_point_on_other_rows_responses(
@@ -229,7 +422,7 @@ def test_a_noise_robust_loss_starts_at_what_the_whole_batch_comes_to_by_hand(
     assert report.steps[0].loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-def test_a_loss_of_what_no_table_holds_is_refused(
+def test_a_table_of_other_rows_than_the_losss_is_refused(
     loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
 ) -> None:
     plan = TrainingPlan.of(IDS, batch_size=5, epochs=1, seed=0)
@@ -238,5 +431,5 @@ def test_a_loss_of_what_no_table_holds_is_refused(
         await groups[1].reopen(config=settings(1), source=source)
         await groups[1].update(pair_table(), loss="pro", loss_config=load_loss("pro").Config(), plan=plan)
 
-    with pytest.raises(ValueError, match='got loss "pro", which takes a GroupBatch'):
+    with pytest.raises(ValueError, match="no column 'responses_token_ids'"):
         loop.run(call())

@@ -15,8 +15,10 @@ from cluster.config import Config
 from cluster.weights import iter_tensors
 from tests.one_loop import Loop
 from tests.tiny_models import write_llama
+from trainers.kl import KlControl
 from trainers.logprobs import token_logprobs
 from trainers.losses import grpo, ppo, reinforce_pp, relc, rloo
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup, TrainingPlan, UpdateReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -109,9 +111,17 @@ def pair(loop: Loop, toy: Toy) -> Iterator[TrainingGroup]:
     loop.run(group.shutdown())
 
 
-async def update(group: TrainingGroup, table: pa.Table, *, loss: str, config: Config, epochs: int = 1) -> UpdateReport:
+async def update(
+    group: TrainingGroup,
+    table: pa.Table,
+    *,
+    loss: str,
+    config: Config,
+    epochs: int = 1,
+    reference_weights: ReferenceWeights = "start_of_update",
+) -> UpdateReport:
     plan = TrainingPlan.of(table.column("row_id").to_pylist(), batch_size=24, epochs=epochs, seed=0)
-    return await group.update(table, loss=loss, loss_config=config, plan=plan)
+    return await group.update(table, loss=loss, loss_config=config, plan=plan, reference_weights=reference_weights)
 
 
 # The value head starts at 0: rewards are to be trusted more than it is, and it is to learn quickly.
@@ -248,6 +258,36 @@ def test_the_kl_to_a_reference_that_the_table_carries_is_paid_for(loop: Loop, pa
     assert report.staleness["reference_kl_per_response"] == pytest.approx(-0.5 * sum(LENGTHS) / 3, abs=1e-3)
     # d = -0.5 for every token: k3 = e^0.5 - 1 - 0.5.
     assert report.steps[0].metrics["reference_kl"] == pytest.approx(0.148721, abs=1e-4)
+
+
+def test_the_price_of_the_kl_to_the_first_weights_follows_it_and_is_resumed(
+    loop: Loop, pair: TrainingGroup, toy: Toy, tmp_path: Path
+) -> None:
+    toy.reset()
+    table = toy.sample(seed=3)
+    config = rloo.Config(kl_coefficient=0.1, kl_control=KlControl(adaptive=True, horizon=100))
+
+    async def call() -> tuple[UpdateReport, UpdateReport, UpdateReport]:
+        async def next_update() -> UpdateReport:
+            return await update(pair, table, loss="rloo", config=config, reference_weights="bootstrap")
+
+        await pair.reopen(config=settings(2), source=toy.source)
+        first = await next_update()
+        await pair.save(tmp_path / "checkpoint")
+        second = await next_update()
+        await pair.reopen(config=settings(2), source=toy.source)
+        await pair.load(tmp_path / "checkpoint")
+        return first, second, await next_update()
+
+    first, second, resumed = loop.run(call())
+    assert (first.staleness["reference_kl_per_response"], first.staleness["kl_coefficient"]) == (0.0, 0.1)
+    # KL 0 is 100 % below the target, cut at 20 %; 48 samples of a horizon of 100.
+    assert second.staleness["kl_coefficient"] == pytest.approx(0.1 * (1 - 0.2 * 48 / 100))
+    assert second.staleness["reference_kl_per_response"] != 0.0
+    assert dict(resumed.staleness) == dict(second.staleness)
+    assert [(s.loss, s.grad_norm, s.metrics) for s in resumed.steps] == [
+        (s.loss, s.grad_norm, s.metrics) for s in second.steps
+    ]
 
 
 def test_the_temperature_of_the_sampling_is_that_of_the_log_probs(loop: Loop, pair: TrainingGroup, toy: Toy) -> None:

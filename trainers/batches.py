@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainers.advantages import Estimates, Samples
 from trainers.logprobs import sequence_logprobs
-from trainers.losses import PairBatch, TokenBatch, UnpairedBatch
+from trainers.losses import PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -61,6 +61,8 @@ class TrainingPlan:
     row_ids: tuple[str, ...]
     """One for each row of the table, in the table's order."""
     steps: tuple[PlannedStep, ...]
+    training: tuple[float, float] = (0.0, 1.0)
+    """Shares of the run's training that are done before the first step and after the last."""
 
     @classmethod
     def of(
@@ -90,10 +92,15 @@ class TrainingPlan:
         num_steps = -(-len(row_ids) // batch_size)
         steps = []
         for epoch in range(epochs):
-            order = sorted(range(len(row_ids)), key=lambda row: _shuffle_key(keys[row], epoch=epoch, seed=seed))
+            order = sorted(range(len(row_ids)), key=lambda row: shuffle_key(keys[row], epoch=epoch, seed=seed))
             bounds = [len(order) * i // num_steps for i in range(num_steps + 1)]
             steps += [PlannedStep(epoch=epoch, rows=tuple(order[bounds[i] : bounds[i + 1]])) for i in range(num_steps)]
         return cls(row_ids=tuple(row_ids), steps=tuple(steps))
+
+    def progress(self, step: int) -> float:
+        """Return the share of the run's training that is done before a step."""
+        begin, end = self.training
+        return begin + (end - begin) * step / len(self.steps)
 
     def slots(self, step: int) -> Iterator[Slot]:
         """Yield the slots of a step."""
@@ -101,7 +108,8 @@ class TrainingPlan:
         return (Slot(row_id=self.row_ids[row], epoch=planned.epoch, step=step) for row in planned.rows)
 
 
-def _shuffle_key(key: str, *, epoch: int, seed: int) -> bytes:
+def shuffle_key(key: str, *, epoch: int, seed: int) -> bytes:
+    """Return what orders rows: their order is a shuffle that hangs on these three alone."""
     return hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
 
 
@@ -117,7 +125,7 @@ def lay_out(
     lengths: Ids,
     num_ranks: int,
     micro_batch_tokens: int,
-    sequences_per_row: int = 1,
+    sequences_per_row: int | Ids = 1,
 ) -> tuple[MicroBatches, ...]:
     """Return each rank's micro-batches: like lengths together, about equal tokens per rank, equally many per rank.
 
@@ -130,17 +138,22 @@ def lay_out(
         lengths: tokens of each row's longest sequence.
         num_ranks: ranks to deal to.
         micro_batch_tokens: greatest padded size; a longer row goes alone.
-        sequences_per_row: 2 for pairs, whose chosen and rejected responses are padded alike.
+        sequences_per_row: 2 for pairs, whose chosen and rejected responses are padded alike; indexed by row numbers
+            where rows differ in it.
     """
-    by_length = sorted(rows, key=lambda row: -int(lengths[row]))
+    if isinstance(sequences_per_row, int):
+        limit, counts = micro_batch_tokens // sequences_per_row, np.ones_like(lengths)
+    else:
+        limit, counts = micro_batch_tokens, sequences_per_row
+    sizes = lengths * counts
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for row in by_length:
+    for row in sorted(rows, key=lambda row: -int(sizes[row])):
         rank = loads.index(min(loads))
         dealt[rank].append(row)
-        loads[rank] += int(lengths[row])
-    limit = micro_batch_tokens // sequences_per_row
-    cut = [_cut(mine, lengths=lengths, limit=limit) for mine in dealt]
+        loads[rank] += int(sizes[row])
+    by_length = (sorted(mine, key=lambda row: -int(lengths[row])) for mine in dealt)
+    cut = [_cut(mine, lengths=lengths, counts=counts, limit=limit) for mine in by_length]
     most = max(1, *(len(micros) for micros in cut))
     return tuple(_filled_up(micros, most) for micros in cut)
 
@@ -169,16 +182,17 @@ def micro_batches(
     return tuple(tuple(map(MicroBatch, micros, num_passes)) for micros in layout)
 
 
-def _cut(rows: list[int], *, lengths: Ids, limit: int) -> list[tuple[int, ...]]:
+def _cut(rows: list[int], *, lengths: Ids, counts: Ids, limit: int) -> list[tuple[int, ...]]:
     """Cut rows, longest first, into runs whose padded tokens and per-run cost are least (dynamic programming)."""
     sizes: list[int] = lengths[rows].tolist()
+    before: list[int] = [0, *np.cumsum(counts[rows]).tolist()]
     best, start = [0], [0]
     first = 0
     for end in range(1, len(rows) + 1):
-        while first < end - 1 and sizes[first] * (end - first) > limit:
+        while first < end - 1 and sizes[first] * (before[end] - before[first]) > limit:
             first += 1
         # Plain numbers: a micro-batch has tens of rows, and NumPy would take longer to be called than to compute.
-        costs = [best[begin] + sizes[begin] * (end - begin) for begin in range(first, end)]
+        costs = [best[begin] + sizes[begin] * (before[end] - before[begin]) for begin in range(first, end)]
         least = min(costs)
         best.append(least + MICRO_BATCH_COST_TOKENS)
         start.append(first + costs.index(least))
@@ -224,6 +238,8 @@ class Padded(NamedTuple):
     num_real_tokens: int
     passes: tuple[Pass, ...]
     """Every sequence is in one of them."""
+    is_pairs: bool = False
+    """Sequence b has its prompt in common with sequence b + S / 2."""
 
     @property
     def num_padded_tokens(self) -> int:
@@ -319,6 +335,8 @@ class PairRows:
     """Each row's log-probs (nats per response token, chosen and rejected) when they were sampled; None: not known."""
     correction: Floats
     """(rows,) factors of the loss (trainers.importance); the denominators of a step know nothing of them."""
+    other_margins: Floats | None = None
+    """(rows, M): of each other objective, in the place of `margins`; None: the table has none."""
     sequences_per_row: int = 2
 
     def totals(self, rows: Sequence[int]) -> Totals:
@@ -335,13 +353,12 @@ class PairRows:
         A pair's responses differ in length, the more so where the rejected one is cut at its flaw, and both must be in
         one micro-batch: so the long sequences of all its pairs go first, then the short ones.
         """
-        saved = sum(_best_cut(_descending(self._sequences(micro)[0]))[1] for micro in micros)
-        return 2 if saved > MICRO_BATCH_COST_TOKENS * len(micros) else 1
+        return passes_worth([np.array([len(ids) for ids in self._sequences(micro)[0]]) for micro in micros])
 
     def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
         """Return [2B, T] token ids and targets, chosen block then rejected block; without rows a dummy."""
         token_ids, masks = self._sequences(rows)
-        return _pad(token_ids, masks, num_sequences=2, num_passes=num_passes)
+        return _pad(token_ids, masks, num_sequences=2, num_passes=num_passes)._replace(is_pairs=bool(rows))
 
     def _sequences(self, rows: Sequence[int]) -> tuple[list[Ids], list[npt.NDArray[np.bool_]]]:
         token_ids = [self.chosen[row] for row in rows] + [self.rejected[row] for row in rows]
@@ -356,13 +373,24 @@ class PairRows:
             logprobs: [2B, T], chosen block then rejected block.
             mask: [2B, T] bool: the responses' tokens.
         """
-        gaps = torch.zeros(len(rows), 2, device=logprobs.device)
-        if self.rollout_logprobs is not None:
-            for i, row in enumerate(rows):
-                for side, sampled in enumerate(self.rollout_logprobs[row]):
-                    own = logprobs[i + side * len(rows)][mask[i + side * len(rows)]]
-                    gaps[i, side] = (own.double() - torch.from_numpy(sampled).to(own.device)).abs().sum()
-        return gaps
+        if self.rollout_logprobs is None:
+            return torch.zeros(len(rows), 2, device=logprobs.device)
+        sampled = [self.rollout_logprobs[row][side] for side in range(2) for row in rows]
+        return self.by_row(rows, sampling_gaps(logprobs, mask, sampled))
+
+    def by_row(self, rows: Sequence[int], values: Tensor) -> Tensor:
+        """Return [B, 2], chosen and rejected, of [2B] values of the sequences of some rows."""
+        return values.view(2, len(rows)).T
+
+    @property
+    def num_response_tokens(self) -> Ids:
+        """Return (rows,) the tokens of both responses."""
+        return self.chosen_lengths + self.rejected_lengths
+
+    @property
+    def num_responses(self) -> int:
+        """Return 2."""
+        return 2
 
     def batch(
         self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
@@ -378,7 +406,7 @@ class PairRows:
             rejected_lengths=_column(self.rejected_lengths, rows, like=logprobs),
             weights=_column(self.weights * self.correction, rows, like=logprobs),
             noise=None if self.noise is None else _column(self.noise, rows, like=logprobs),
-            margins=_column(self.margins, rows, like=logprobs),
+            margins=_column(self.margins if self.other_margins is None else self.other_margins, rows, like=logprobs),
             global_weight=totals.weight,
             global_chosen_tokens=totals.tokens,
         )
@@ -396,6 +424,21 @@ class PairRows:
             lengths=torch.cat(lengths),
             weights=weights.repeat(2),
             global_weight=2 * totals.weight,
+        )
+
+    def score_batch(self, rows: Sequence[int], *, scores: Tensor, totals: Totals) -> ScoreBatch:
+        """Return what a loss of scores takes, from a reward model's [2B] scores, chosen block then rejected block.
+
+        The target is 1 - noise: noise is the probability that the pair is labelled the wrong way round.
+        """
+        chosen, rejected = scores.chunk(2)
+        return ScoreBatch(
+            chosen=chosen,
+            rejected=rejected,
+            margins=_column(self.margins, rows, like=scores),
+            targets=None if self.noise is None else 1.0 - _column(self.noise, rows, like=scores),
+            weights=_column(self.weights * self.correction, rows, like=scores),
+            global_weight=totals.weight,
         )
 
     def mismatched(self, rows: Sequence[int]) -> PairRows:
@@ -424,6 +467,7 @@ class PairRows:
             weights=self.weights[list(rows)] * (len(rows) > 1),
             noise=None,
             margins=self.margins[list(rows)],
+            other_margins=None,
             lengths=np.array([max(map(len, both)) for both in zip(chosen, rejected, strict=True)]),
             ages=self.ages[list(rows)],
             rollout_logprobs=None,
@@ -547,8 +591,30 @@ class SampleRows:
         )
 
 
-Rows: TypeAlias = TokenRows | PairRows | SampleRows
-"""The rows of a table, ready to be padded."""
+class Rows(Protocol):
+    """The rows of a table, ready to be padded."""
+
+    @property
+    def lengths(self) -> Ids:
+        """Return the tokens of each row's longest sequence."""
+        ...
+
+    @property
+    def sequences_per_row(self) -> int | Ids:
+        """Return how many sequences a row has; of each row where they differ."""
+        ...
+
+    def totals(self, rows: Sequence[int]) -> Totals:
+        """Return the denominators of a step."""
+        ...
+
+    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
+        """Return in how many forward passes each rank computes its micro-batch."""
+        ...
+
+    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
+        """Return the sequences of some rows; without rows a dummy that has no target."""
+        ...
 
 
 def token_rows(table: pa.Table) -> TokenRows:
@@ -621,6 +687,7 @@ def pair_rows(table: pa.Table) -> PairRows:
         ages=_ages(table),
         rollout_logprobs=_rollout_logprobs(table, chosen=chosen, rejected=rejected),
         correction=np.ones(len(prompts.lengths)),
+        other_margins=_other_margins(table),
     )
 
 
@@ -705,6 +772,15 @@ def _rollout_logprobs(table: pa.Table, *, chosen: _Lists, rejected: _Lists) -> t
     return tuple(zip(*columns, strict=True))
 
 
+def sampling_gaps(logprobs: Tensor, mask: Tensor, sampled: Sequence[Floats]) -> Tensor:
+    """Return [S] sums over targets of |log-prob - as sampled| (nats), which `sampled` has one list of per sequence."""
+    gaps = torch.zeros(len(sampled), device=logprobs.device)
+    for i, values in enumerate(sampled):
+        own = logprobs[i][mask[i]]
+        gaps[i] = (own.double() - torch.from_numpy(values).to(own.device)).abs().sum()
+    return gaps
+
+
 def sequence_rows(sequences: Iterable[Sequence[int]]) -> TokenRows:
     """Return plain sequences as rows of which every token but the first is a target.
 
@@ -755,6 +831,16 @@ def _passes(lengths: Ids, num_passes: int) -> tuple[Pass, ...]:
     )
 
 
+def passes_worth(lengths: Sequence[Ids]) -> int:
+    """Return in how many forward passes each rank computes its micro-batch: 2 where the padding saved is worth it.
+
+    Args:
+        lengths: tokens of the sequences of each rank's micro-batch.
+    """
+    saved = sum(_best_cut(np.sort(mine)[::-1].astype(np.int64))[1] for mine in lengths)
+    return 2 if saved > MICRO_BATCH_COST_TOKENS * len(lengths) else 1
+
+
 def _best_cut(lengths: Ids) -> tuple[int, int]:
     """Return where to cut sequences, longest first, in two, and how many padded tokens that saves."""
     if len(lengths) < 2:
@@ -765,13 +851,9 @@ def _best_cut(lengths: Ids) -> tuple[int, int]:
     return int(cuts[best]), int(saved[best])
 
 
-def _descending(token_ids: Sequence[Ids]) -> Ids:
-    return np.sort([len(ids) for ids in token_ids])[::-1].astype(np.int64)
-
-
 def _column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> Tensor:
-    """Return [B] values of some rows; for a dummy (no row) a single 0."""
-    picked = values[list(rows)] if rows else np.zeros(1)
+    """Return [B] (or [B, M]) values of some rows; for a dummy (no row) a single 0."""
+    picked = values[list(rows)] if rows else np.zeros((1, *values.shape[1:]))
     return torch.from_numpy(np.asarray(picked, dtype=np.float64)).to(device=like.device, dtype=like.dtype)
 
 
@@ -836,6 +918,18 @@ def _numbers(table: pa.Table, name: str, *, default: float, least: float = 0.0) 
     values = table.column(name).to_numpy().astype(np.float64)
     bad = ~(np.isfinite(values) & (values >= least))
     _refuse_rows(bad, table, f"a {name} that is not a finite number >= {least:g}")
+    return values
+
+
+def _other_margins(table: pa.Table) -> Floats | None:
+    """Return (rows, M) margins of other objectives than the pairs' own; None where a table has none, or not of all."""
+    if "other_margins" not in table.column_names or table.column("other_margins").null_count or not table.num_rows:
+        return None
+    found = _lists(table, "other_margins")
+    num = int(found.lengths[0])
+    _refuse_rows(found.lengths != num, table, f"other_margins: wanted {num}, as many as the first row")
+    values: Floats = found.values.astype(np.float64).reshape(table.num_rows, num)
+    _refuse_rows(~np.isfinite(values).all(axis=1).reshape(-1), table, "other_margins that are not finite")
     return values
 
 

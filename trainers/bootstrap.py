@@ -159,6 +159,7 @@ def bootstrap_training(
         update={
             "batch_size": config.batch_size,
             "optimizer": config.optimizer,
+            "lora": None,
             "learning_rate": config.learning_rate,
             "schedule": "cosine",
             "warmup_steps": min(50, num_steps // 10),

@@ -1,7 +1,7 @@
 """Owns one rank of a training group: a DeepSpeed engine over a Hugging Face model, in its own process.
 
-The only module that imports DeepSpeed, and it does so when a rank starts: importing it here costs no engine. Knows
-nothing of who calls it (trainers/training_group.py) or of what the rows mean (trainers/batches.py).
+DeepSpeed itself is imported by trainers/deepspeed_engine.py alone. Knows nothing of who calls it
+(trainers/training_group.py) or of what the rows mean (trainers/batches.py).
 
 Every method that computes is a collective: all ranks must be called alike.
 """
@@ -12,18 +12,16 @@ import json
 import logging
 import math
 import os
-import random
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray
 import torch
@@ -36,6 +34,7 @@ from cluster.config import Config
 from cluster.durable_files import FileDigest, write_json_atomic
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest, put_weights
+from trainers import shared_prompts
 from trainers.batches import (
     MicroBatch,
     Padded,
@@ -61,27 +60,61 @@ from trainers.checkpoint_files import (
     read_manifest,
     synced_digest,
 )
+from trainers.deepspeed_engine import (
+    build_engine,
+    convert_to_universal,
+    import_deepspeed,
+    join_deepspeed,
+    put_aside,
+    repair_universal,
+    whole_parameter,
+)
+from trainers.first_weights import FirstWeights
 from trainers.importance import ImportanceConfig
+from trainers.kl import KlBudget
+from trainers.kl_probe import KlProbe, KlReached, distributions, probe_rows
+from trainers.label_rows import LabelRows, item_places, target_logits
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.losses import Loss, LossOutput, PairBatch, TokenBatch, TwoPassLoss, UnpairedBatch, load_loss
-from trainers.muon import MuonAdamW
+from trainers.lora import adapter_parameters, add_adapter, base_checksum, merged_parameters, without_adapter
+from trainers.losses import (
+    GroupBatch,
+    LabelBatch,
+    Loss,
+    LossOutput,
+    PairBatch,
+    ScoreBatch,
+    TokenBatch,
+    TwoPassLoss,
+    UnpairedBatch,
+    load_loss,
+)
+from trainers.model_source import ModelSource, load_model
 from trainers.policy_gradient import PolicyLoss
-from trainers.training_config import TrainingConfig, learning_rate
+from trainers.random_states import random_states, restore_random_states, seed_all
+from trainers.reference_cache import weights_digest
+from trainers.rendezvous import Rendezvous, join, meet_by, node_address, tcp_store
+from trainers.sequence_scores import refuse_headless, sequence_scores
+from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 from trainers.update_start import (
+    ComparedRows,
     Reference,
+    at_price,
     corrected,
     each_row_once,
     estimated,
+    next_price,
     refuse_other_rows,
     rows_for,
     temperature_of,
 )
+from trainers.value_head import NAME as VALUE_HEAD
 from trainers.value_head import add_value_head, aligned_values, policy_parameters
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_TAG = "state"
 TOPOLOGY = "training.json"
+REFERENCE_CACHE = "reference.pt"
 MAX_BAD_STEPS = 3
 """Steps in a row with a loss or gradient that is not finite, after which training ends."""
 
@@ -98,26 +131,6 @@ class RankInfo:
     node_id: str
     host: str
     pid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """Where the ranks meet."""
-
-    host: str
-    port: int
-    one_node: bool
-    """All ranks share a node: their sockets stay on loopback."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Which weights a group starts from."""
-
-    path: str
-    """A Hugging Face directory: config.json, tokenizer, and safetensors unless `init_seed` is given."""
-    init_seed: int | None = None
-    """Weights are drawn with this seed; needed when the directory has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +160,13 @@ class StepReport:
     """Real tokens of the batch, prompts included."""
     num_padded_tokens: int
     """Tokens computed, padding included."""
+    most_tokens: int
+    """Real tokens of the rank that had most of them: the others wait for it."""
     metrics: dict[str, float]
     """What the loss reports."""
     seconds: float
+    kl: KlReached | None = None
+    """How far the update has moved the weights; None where it was not measured after this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +176,11 @@ class _Update:
     loss_config: Config
     rows: Rows
     reference: Tensor | None
-    """[rows, 2] fp32: the reference's summed log-probs of chosen and rejected."""
+    """[rows, K] fp32: the reference's summed log-probs of a row's responses (update_start.Reference)."""
     mismatched: tuple[Tensor, ...] = ()
     """Of an unpaired loss, for each step, [its rows, 2] fp32: the same of `PairRows.mismatched`."""
+    probe: KlProbe | None = None
+    """None: nobody asks how far it moves the weights."""
 
     @property
     def temperature(self) -> float:
@@ -171,7 +190,7 @@ class _Update:
 
 class _Forward(NamedTuple):
     logprobs: Tensor
-    """[S, T]"""
+    """[S, T]; of a scored pass the scores, [S, 1]; of a labelled one the logits that predict targets, [S, P, V]."""
     mask: Tensor
     padded: Padded
     values: Tensor | None
@@ -197,14 +216,14 @@ class DeepSpeedRank:
         return RankInfo(
             rank=self._rank,
             node_id=ray.get_runtime_context().get_node_id(),
-            host=_node_address(),
+            host=node_address(),
             pid=os.getpid(),
         )
 
     def host_rendezvous(self, *, host: str, timeout_s: float) -> int:
         """Open the store at which the ranks meet and return its port; for rank 0."""
         # Port 0: the system picks one and the store holds it from then on, so nobody can take it in between.
-        self._store = _tcp_store(host, 0, num_ranks=self._num_ranks, is_master=True, timeout_s=timeout_s)
+        self._store = tcp_store(host, 0, num_ranks=self._num_ranks, is_master=True, timeout_s=timeout_s)
         return int(self._store.port)
 
     def start(
@@ -213,13 +232,21 @@ class DeepSpeedRank:
         """Import DeepSpeed, meet the other ranks, build the engine; return the seconds that each took."""
         clock = _Clock()
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._set_environment(rendezvous)
-        deepspeed = _import_deepspeed()
+        meet_by(rendezvous, rank=self._rank, num_ranks=self._num_ranks, on_gpu=self._device.type == "cuda")
+        import_deepspeed()
         clock.lap("import_deepspeed_s")
         from transformers import AutoModelForCausalLM  # noqa: F401 - so that a lap shows its seconds
 
         clock.lap("import_transformers_s")
-        self._join(deepspeed, rendezvous=rendezvous, timeout_s=timeout_s)
+        self._store = join(
+            rendezvous,
+            store=self._store,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            timeout_s=timeout_s,
+        )
+        join_deepspeed(timeout_s=timeout_s)
         clock.lap("rendezvous_s")
         self.open(config=config, source=source)
         clock.lap("engine_s")
@@ -235,43 +262,47 @@ class DeepSpeedRank:
         self._config, self._source = config, source
         self._num_steps = 0
         self._num_bad_steps = 0
+        self._kl_coefficient: float | None = None
         self._update = None
-        _seed_all(config.seed * 100_003 + self._rank)
+        self._first, self._by_first = self._first_weights(), False
+        self._build(universal=False)
+
+    def _build(self, *, universal: bool) -> None:
+        """Make model and engine anew; a universal one reads checkpoints of any number of ranks, and no others."""
+        config, source = self._config, self._source
+        if self._engine is not None:
+            self._engine.destroy()
+        self._universal = universal
+        seed_all(config.seed * 100_003 + self._rank)
         model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        self._base = "" if config.lora is None else base_checksum(model)
+        if config.lora is not None:
+            add_adapter(model, config.lora, seed=config.seed)
         if config.value_head:
             add_value_head(model)
-        self._engine = _build_engine(model.to(self._device), config=config, num_ranks=self._num_ranks)
+        if config.shared_prompts:
+            shared_prompts.check(model.to(self._device), name=source.path, device=self._device)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._engine = build_engine(
+            model.to(self._device), config=config, num_ranks=self._num_ranks, universal=universal
+        )
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
 
-    def _set_environment(self, rendezvous: Rendezvous) -> None:
-        values = {
-            "RANK": str(self._rank),
-            "WORLD_SIZE": str(self._num_ranks),
-            "LOCAL_RANK": "0",  # Ray shows a rank its own devices alone
-            "MASTER_ADDR": rendezvous.host,
-            "MASTER_PORT": str(rendezvous.port),
-        }
-        if self._device.type == "cpu":
-            values["DS_ACCELERATOR"] = "cpu"
-        if rendezvous.one_node:
-            values["GLOO_SOCKET_IFNAME"] = "lo"
-        elif "GLOO_SOCKET_IFNAME" not in os.environ:
-            # Else gloo takes what this host's name resolves to, which may be loopback.
-            values["GLOO_SOCKET_IFNAME"] = interface_of(_node_address())
-        # LOCAL_SIZE stays unset: with it DeepSpeed 0.19 leaves shared memory behind and hangs after a rank's death.
-        os.environ.update(values)
+    def _first_weights(self) -> FirstWeights:
+        config, source = self._config, self._source
 
-    def _join(self, deepspeed: Any, *, rendezvous: Rendezvous, timeout_s: float) -> None:
-        timeout = timedelta(seconds=timeout_s)
-        if self._store is None:
-            self._store = _tcp_store(
-                rendezvous.host, rendezvous.port, num_ranks=self._num_ranks, is_master=False, timeout_s=timeout_s
-            )
-        backend = "nccl" if self._device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=self._store, rank=self._rank, world_size=self._num_ranks, timeout=timeout
-        )
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        def load() -> Any:
+            model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+            if config.value_head:
+                add_value_head(model)  # at 0: nobody reads it
+            return model.to(self._device)
+
+        def digest() -> str:
+            mine = [weights_digest(Path(source.path), init_seed=source.init_seed)] if self._rank == 0 else []
+            return f"{self._on_all(mine)[0]}/{config.dtype}"
+
+        return FirstWeights(load=load, digest=digest)
 
     # ------------------------------------------------------------------------------------------------------ update
 
@@ -283,8 +314,10 @@ class DeepSpeedRank:
         loss: str,
         loss_config: Config,
         importance: ImportanceConfig | None = None,
+        reference_weights: ReferenceWeights = "start_of_update",
+        kl_budget: KlBudget | None = None,
     ) -> dict[str, float]:
-        """Fetch the table and compute the reference's log-probs with the weights as they are now.
+        """Fetch the table and compute the reference's log-probs: with the weights as they are now, or the first ones.
 
         Returns what they say of the samples' staleness (`trainers.importance`): nothing where the table does not say
         how its samples came about. Of scored samples it is what their scores and log-probs come to; how they are
@@ -293,32 +326,69 @@ class DeepSpeedRank:
         Raises:
             ValueError: the table does not fit the plan, the loss or the model's longest sequence.
         """
-        module = load_loss(loss)
         arrow = ray.get(table.ref)
         refuse_other_rows(arrow, plan)
+        priced = at_price(loss_config, self._kl_coefficient)
+        said = self._prepare(
+            arrow, plan=plan, loss=loss, loss_config=priced, importance=importance, reference_weights=reference_weights
+        )
+        assert self._update is not None, "made by _prepare"
+        self._kl_coefficient, price = next_price(priced, said, num_samples=len(plan.row_ids))
+        moved: dict[str, float] = {}
+        if kl_budget is not None and kl_budget.enabled:
+            probe = self._probe(self._update, kl_budget)
+            self._update = replace(self._update, probe=probe)
+            moved = {"kl_at_start": self._kl_reached(self._update, probe).run}
+        return {**said, **price, **moved, **self._cache_figures()}
+
+    def _prepare(
+        self,
+        arrow: pa.Table,
+        *,
+        plan: TrainingPlan,
+        loss: str,
+        loss_config: Config,
+        importance: ImportanceConfig | None,
+        reference_weights: ReferenceWeights,
+    ) -> dict[str, float]:
+        """Make the update's rows, and what is known of them before its first step."""
+        module = load_loss(loss)
+        by_reference = self._by_first_weights if reference_weights == "bootstrap" else nullcontext
         said: dict[str, float] = {}
         if isinstance(module, PolicyLoss):
             samples = sample_rows(arrow)
             self._refuse_long(samples)
+            if reference_weights == "bootstrap" and samples.reference_logprobs is None:
+                with by_reference():
+                    logprobs, *_ = self._of_samples(samples, plan, temperature=temperature_of(loss_config))
+                samples = replace(samples, reference_logprobs=logprobs)
             samples, said = self._estimated(samples, plan, module, loss_config)
             self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=samples, reference=None)
             return said
+        if module.batch is ScoreBatch:
+            refuse_headless(self._config)
         rows = rows_for(module, arrow, name=loss)
         self._refuse_long(rows)
-        gaps = isinstance(rows, PairRows) and rows.rollout_logprobs is not None and importance is not None
-        reference = self._reference(rows, plan) if module.uses_reference or gaps else None
-        if isinstance(rows, PairRows):
+        gaps = isinstance(rows, ComparedRows) and rows.rollout_logprobs is not None and importance is not None
+        # What a sample's age is corrected by is always of the weights that are to be trained.
+        at_start = gaps or (module.uses_reference and reference_weights == "start_of_update")
+        reference = self._reference(rows, plan) if at_start else None
+        if isinstance(rows, ComparedRows):
             if reference is None:
-                reference = Reference.nothing(len(rows.lengths))
+                reference = Reference.nothing(rows)
             if importance is not None and rows.rollout_logprobs is not None:
                 rows, said = corrected(rows, reference, importance)
-        sums = None if reference is None else reference.sums
         mismatched: tuple[Tensor, ...] = ()
-        if module.batch is UnpairedBatch:
-            assert isinstance(rows, PairRows), "unpaired responses come as pairs"
-            mismatched = tuple(
-                self._logprobs_of_pairs(rows.mismatched(step.rows), [range(len(step.rows))]).sums for step in plan.steps
-            )
+        with by_reference():
+            if module.uses_reference and reference_weights == "bootstrap":
+                reference = self._reference(rows, plan)
+            if module.batch is UnpairedBatch:
+                assert isinstance(rows, PairRows), "unpaired responses come as pairs"
+                mismatched = tuple(
+                    self._logprobs_of_rows(rows.mismatched(step.rows), [range(len(step.rows))]).sums
+                    for step in plan.steps
+                )
+        sums = None if reference is None else reference.sums
         self._update = _Update(
             plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums, mismatched=mismatched
         )
@@ -331,10 +401,62 @@ class DeepSpeedRank:
             TrainingDiverged: a third step in a row had a loss or gradient that is not finite.
         """
         assert self._update is not None, "begin_update comes first"
-        reports = [self._step(self._update, index) for index in range(first, first + count)]
-        if first + count == len(self._update.plan.steps):
+        update, reports = self._update, []
+        for index in range(first, first + count):
+            if update.probe is not None and update.probe.spent:
+                break
+            report = self._step(update, index)
+            if update.probe is not None and update.probe.is_due(index, is_last=index + 1 == len(update.plan.steps)):
+                report = replace(report, kl=self._kl_reached(update, update.probe))
+            reports.append(report)
+        if first + count == len(update.plan.steps):
             self._update = None  # its rows are needed no longer
         return reports
+
+    def _probe(self, update: _Update, budget: KlBudget) -> KlProbe:
+        """Return what measures how far an update moves the weights."""
+        rows = probe_rows(update.rows, update.plan, num_sequences=budget.num_sequences)
+        start = list(self._distributions(rows, update.temperature))
+        first = None
+        if self._num_steps > 0:
+            with self._by_first_weights():
+                first = list(self._distributions(rows, update.temperature))
+        return KlProbe(budget, rows, start=start, first=first)
+
+    def _kl_reached(self, update: _Update, probe: KlProbe) -> KlReached:
+        sums = probe.sums(list(self._distributions(probe.rows, update.temperature))).to(self._device)
+        dist.all_reduce(sums)
+        return probe.note(sums.cpu())
+
+    def _distributions(self, rows: TokenRows, temperature: float) -> Iterator[Tensor]:
+        """Yield, for each of this rank's micro-batches, the log-probs of all tokens wherever one is a target."""
+        self._engine.eval()
+        with torch.no_grad():
+            for micro in self._micro_batches(rows, range(len(rows.lengths))):
+                padded = rows.pad(micro.rows)
+                logits = self._engine(input_ids=padded.token_ids.to(self._device), use_cache=False).logits
+                yield distributions(logits, padded.mask.to(self._device), temperature=temperature)
+
+    @contextmanager
+    def _by_first_weights(self) -> Iterator[None]:
+        """Compute by the weights that the group was opened with, or take what they gave before."""
+        engine, first = self._engine, self._first
+        _ = first.digest  # a collective, which all ranks come to here
+        # An adapter's base is here already; under ZeRO 3 one rank alone, whose rows are not cached, can't ask it.
+        is_here = self._config.lora is not None and self._config.zero_stage < 3
+        self._engine, self._by_first = engine if is_here else first, True
+        try:
+            with without_adapter(engine.module) if is_here else nullcontext():
+                yield
+        finally:
+            self._engine, self._by_first = engine, False
+            first.let_go()
+        first.cache.add(self._on_all([first.cache.new()]))
+
+    def _cache_figures(self) -> dict[str, float]:
+        """Return how many of the reference's sequences were asked for, and the share that was known; {} without any."""
+        asked, found = map(sum, zip(*self._on_all([self._first.cache.counts()]), strict=True))
+        return {"reference_sequences": float(asked), "reference_cached_share": found / asked} if asked else {}
 
     def _step(self, update: _Update, index: int) -> StepReport:
         begin, planned = time.monotonic(), update.plan.steps[index]
@@ -347,17 +469,25 @@ class DeepSpeedRank:
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
             padded = update.rows.pad(micro.rows, num_passes=micro.num_passes)
-            forward = self._forward(padded, temperature=update.temperature)
+            forward = self._forward(
+                padded,
+                temperature=update.temperature,
+                scored=update.loss.batch is ScoreBatch,
+                labelled=isinstance(update.rows, LabelRows),
+            )
             batch = self._batch(update, micro.rows, forward, totals)
+            if isinstance(batch, LabelBatch):
+                batch = replace(batch, progress=update.plan.progress(index))
             if figures is not None:
-                assert not isinstance(batch, PairBatch), "no pair loss looks at a step twice"
+                assert not isinstance(batch, PairBatch | GroupBatch | ScoreBatch), "none of these looks at a step twice"
                 batch = replace(batch, step_figures=figures)
             output = update.loss.loss(batch, update.loss_config)
             _add(sums, output, forward.padded)
             loss = output.loss
             if is_last:
                 # Asked for here and waited for after the step: in between the ranks meet anyway, over the gradients.
-                total = self._all_sum(sums)
+                own = {f"num_tokens/{rank}": sums["num_tokens"] * (rank == self._rank) for rank in self._ranks()}
+                total = self._all_sum({**sums, **own})
                 if not math.isfinite(sums["loss"]):
                     # Every rank must skip the step, also one whose own numbers are sound: a gradient that one rank has
                     # poisoned is poisoned on all, and every ZeRO stage recognises it. By way of all log-probs: padding
@@ -369,6 +499,7 @@ class DeepSpeedRank:
         rate = learning_rate(self._config, step=self._num_steps)
         applied, grad_norm = self._apply(rate)
         sums = total()
+        most = max(sums.pop(f"num_tokens/{rank}") for rank in self._ranks())
         report = StepReport(
             step=index,
             epoch=planned.epoch,
@@ -379,11 +510,15 @@ class DeepSpeedRank:
             learning_rate=rate,
             num_tokens=round(sums.pop("num_tokens")),
             num_padded_tokens=round(sums.pop("num_padded_tokens")),
+            most_tokens=round(most),
             metrics=sums,
             seconds=time.monotonic() - begin,
         )
         self._count_step(report)
         return report
+
+    def _ranks(self) -> range:
+        return range(self._num_ranks)
 
     def _micro_batches(self, rows: Rows, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
         layout = micro_batches(
@@ -391,8 +526,32 @@ class DeepSpeedRank:
         )
         return layout[self._rank]
 
-    def _forward(self, padded: Padded, *, temperature: float = 1.0) -> _Forward:
+    def _forward(
+        self, padded: Padded, *, temperature: float = 1.0, scored: bool = False, labelled: bool = False
+    ) -> _Forward:
         token_ids, mask = padded.token_ids.to(self._device), padded.mask.to(self._device)
+        if labelled:
+            logits = target_logits(self._engine, token_ids, mask)
+            return _Forward(logprobs=logits, mask=mask, padded=padded, values=None)
+        if scored:
+            scores = sequence_scores(self._engine, padded, device=self._device)
+            return _Forward(logprobs=scores[:, None], mask=mask, padded=padded, values=None)
+        if self._by_first:
+            found = self._first.cache.find(padded, digest=self._first.digest, temperature=temperature)
+            if found is not None:
+                return _Forward(logprobs=found.to(self._device), mask=mask, padded=padded, values=None)
+        forward = self._computed(token_ids, mask, padded, temperature=temperature)
+        if self._by_first:
+            self._first.cache.keep(padded, forward.logprobs, digest=self._first.digest, temperature=temperature)
+        return forward
+
+    def _computed(self, token_ids: Tensor, mask: Tensor, padded: Padded, *, temperature: float) -> _Forward:
+        if self._config.shared_prompts and padded.is_pairs:
+            pairs = shared_prompts.joined(padded)
+            logprobs = shared_prompts.logprobs(
+                self._engine, padded, pairs, temperature=temperature, device=self._device
+            )
+            return _Forward(logprobs=logprobs, mask=mask, padded=padded._replace(passes=pairs.computed), values=None)
         if len(padded.passes) == 1:
             logprobs, values = self._token_logprobs(token_ids, temperature)
             return _Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
@@ -404,7 +563,7 @@ class DeepSpeedRank:
             for sequences, length in padded.passes
         ]
         back = torch.argsort(torch.cat([part.sequences for part in padded.passes])).to(self._device)
-        # Only pairs are computed in two passes, and pairs have no values.
+        # Only pairs and groups are computed in two passes, and they have no values.
         return _Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded, values=None)
 
     def _token_logprobs(self, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
@@ -417,15 +576,23 @@ class DeepSpeedRank:
 
     def _batch(
         self, update: _Update, micro: tuple[int, ...], forward: _Forward, totals: Totals
-    ) -> PairBatch | UnpairedBatch | TokenBatch:
+    ) -> PairBatch | UnpairedBatch | TokenBatch | GroupBatch | ScoreBatch | LabelBatch:
         rows, logprobs, mask = update.rows, forward.logprobs, forward.mask
         if isinstance(rows, SampleRows):
             return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, values=forward.values)
         if isinstance(rows, TokenRows):
             return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals)
-        assert update.reference is not None, "begin_update makes one for pairs"
-        reference = (update.reference[list(micro)] if micro else torch.zeros(1, 2)).to(self._device)
+        if isinstance(rows, LabelRows):
+            token_ids = forward.padded.token_ids.to(self._device)
+            return rows.batch(micro, logits=logprobs, token_ids=token_ids, mask=mask, totals=totals)
+        assert isinstance(rows, ComparedRows), "there are no other rows"
+        if update.loss.batch is ScoreBatch:
+            assert isinstance(rows, PairRows), "scores are of pairs"
+            return rows.score_batch(micro, scores=logprobs[:, 0], totals=totals)
+        assert update.reference is not None, "begin_update makes one for pairs and groups"
+        reference = (update.reference[list(micro)] if micro else torch.zeros(1, rows.num_responses)).to(self._device)
         if update.loss.batch is UnpairedBatch:
+            assert isinstance(rows, PairRows), "unpaired responses come as pairs"
             return rows.unpaired_batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
         return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
 
@@ -433,7 +600,7 @@ class DeepSpeedRank:
         """Return [N, F] figures of all rows of a step, the same on every rank; None where the loss asks for none.
 
         Each row's come from one rank, so that a sum over them is exact. Of an unpaired loss they are those of
-        mismatched pairs, first the chosen, then the rejected.
+        mismatched pairs, first the chosen, then the rejected; of a loss of labels those of each row's tokens.
         """
         loss = update.loss
         if not isinstance(loss, TwoPassLoss):
@@ -444,7 +611,7 @@ class DeepSpeedRank:
             assert isinstance(update.rows, PairRows), "unpaired responses come as pairs"
             update = replace(update, rows=update.rows.mismatched(places), reference=update.mismatched[index])
             num_sides, places = 2, range(len(places))
-        place_of = {row: place for place, row in enumerate(places)}
+        place_of, num_items = item_places(update.rows, places)
         parts = []
         for micro, forward in self._evaluated(update.rows, places, temperature=update.temperature):
             batch = self._batch(update, micro, forward, totals)
@@ -452,10 +619,10 @@ class DeepSpeedRank:
                 batch = replace(batch, mismatched_policy=batch.policy, mismatched_reference=batch.reference)
             found = loss.first_pass(batch, update.loss_config)
             parts.append((micro, found.view(num_sides, -1, found.shape[1])))
-        figures = parts[0][1].new_zeros(num_sides, len(places), parts[0][1].shape[2])
+        figures = parts[0][1].new_zeros(num_sides, num_items, parts[0][1].shape[2])
         for micro, found in parts:
             if micro:
-                figures[:, [place_of[row] for row in micro]] = found
+                figures[:, [place for row in micro for place in place_of[row]]] = found
         dist.all_reduce(figures)
         return figures.flatten(0, 1)
 
@@ -511,33 +678,48 @@ class DeepSpeedRank:
                 found[row] = tuple(values[1 : int(rows.lengths[row])])
         return found
 
+    def scores(self, sequences: Sequence[Sequence[int]]) -> dict[int, float]:
+        """Return a reward model's scores of the sequences that fell to this rank, by sequence number.
+
+        Raises:
+            ValueError: there is no value head; or as `logprobs`.
+        """
+        refuse_headless(self._config)
+        rows = sequence_rows(sequences)
+        self._refuse_long(rows)
+        found: dict[int, float] = {}
+        for micro, forward in self._evaluated(rows, range(len(rows.lengths)), scored=True):
+            found.update(zip(micro, forward.logprobs[:, 0].tolist(), strict=False))
+        return found
+
     def _evaluated(
-        self, rows: Rows, chosen: Sequence[int], *, temperature: float = 1.0
+        self, rows: Rows, chosen: Sequence[int], *, temperature: float = 1.0, scored: bool = False
     ) -> Iterator[tuple[tuple[int, ...], _Forward]]:
         """Yield this rank's micro-batches with their log-probs, without gradient and without dropout."""
         self._engine.eval()
         with torch.no_grad():
             for micro in self._micro_batches(rows, chosen):
                 padded = rows.pad(micro.rows, num_passes=micro.num_passes)
-                yield micro.rows, self._forward(padded, temperature=temperature)
+                labelled = isinstance(rows, LabelRows)
+                yield micro.rows, self._forward(padded, temperature=temperature, scored=scored, labelled=labelled)
 
     def _reference(self, rows: Rows, plan: TrainingPlan) -> Reference | None:
         """Return the log-probs by the weights as they are now, each row computed once over all ranks.
 
         Laid out as the first epoch's steps are, so that the first step's log-ratios are exactly 0.
         """
-        if not isinstance(rows, PairRows):
+        if not isinstance(rows, ComparedRows):
             return None
-        return self._logprobs_of_pairs(rows, each_row_once(plan, num_rows=len(rows.lengths)))
+        return self._logprobs_of_rows(rows, each_row_once(plan, num_rows=len(rows.lengths)))
 
-    def _logprobs_of_pairs(self, rows: PairRows, parts: Iterable[Sequence[int]]) -> Reference:
+    def _logprobs_of_rows(self, rows: ComparedRows, parts: Iterable[Sequence[int]]) -> Reference:
         """Return the log-probs by the weights as they are now, laid out part by part; every row is in one."""
-        num_rows = len(rows.lengths)
-        sums, gaps = torch.zeros(num_rows, 2, device=self._device), torch.zeros(num_rows, 2, device=self._device)
+        nothing = Reference.nothing(rows)
+        sums, gaps = nothing.sums.to(self._device), nothing.gaps.to(self._device)
         for chosen in parts:
             for micro, forward in self._evaluated(rows, chosen):
                 if micro:
-                    sums[list(micro)] = sequence_logprobs(forward.logprobs, forward.mask).view(2, -1).T
+                    sums[list(micro)] = rows.by_row(micro, sequence_logprobs(forward.logprobs, forward.mask))
                     gaps[list(micro)] = rows.rollout_gaps(micro, forward.logprobs, forward.mask)
         dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
         dist.all_reduce(gaps)
@@ -550,18 +732,20 @@ class DeepSpeedRank:
 
         Laid out as the first epoch's steps are, so that the first step's ratios are exactly 1.
         """
-        # Log-probs, and values where there are any.
+        logprobs, *values = self._of_samples(rows, plan, temperature=temperature_of(config))
+        return estimated(rows, logprobs, values=values[0] if values else None, loss=loss, config=config)
+
+    def _of_samples(self, rows: SampleRows, plan: TrainingPlan, *, temperature: float) -> Tensor:
+        """Return [1 or 2, rows, T]: log-probs, and values where there are any; 0 outside the responses."""
         old = torch.zeros(1 + self._config.value_head, *rows.shape, device=self._device)
-        temperature = temperature_of(config)
         for chosen in each_row_once(plan, num_rows=len(rows.lengths)):
             for micro, forward in self._evaluated(rows, chosen, temperature=temperature):
                 if micro:
                     told = (forward.logprobs,) if forward.values is None else (forward.logprobs, forward.values)
-                    for kept, own in zip(old, told, strict=True):
+                    for kept, own in zip(old, told, strict=False):
                         kept[list(micro), : own.shape[1]] = torch.where(forward.mask, own, 0.0).float()
         dist.all_reduce(old)  # each row is 0 on all ranks but one: the sum is exact
-        logprobs, *values = old.cpu()
-        return estimated(rows, logprobs, values=values[0] if values else None, loss=loss, config=config)
+        return old.cpu()
 
     def _refuse_long(self, rows: Rows) -> None:
         if self._max_positions is not None and len(rows.lengths) and rows.lengths.max() > self._max_positions:
@@ -627,7 +811,7 @@ class DeepSpeedRank:
 
     def _parameters(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Return name, dtype and whole shape of what `_gathered` gives, without gathering."""
-        named = policy_parameters(self._engine.module)
+        named = self._published()
         # Under ZeRO 3 a parameter's own shape is that of what this rank holds, or of nothing.
         return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
@@ -638,11 +822,7 @@ class DeepSpeedRank:
 
     def offload(self) -> None:
         """Keep in the host's memory what training needs beside the weights: moments, masters, gradients."""
-        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
-
-        states = OffloadStateTypeEnum
-        include = [states.optim_states, states.hp_params, states.lp_grads]
-        self._engine.offload_states(include=include, pin_memory=self._device.type == "cuda")
+        put_aside(self._engine, on_gpu=self._device.type == "cuda")
 
     def reload(self) -> None:
         """Take back what `offload` put aside; nothing to do when nothing was."""
@@ -651,7 +831,7 @@ class DeepSpeedRank:
     def export(self, path: str) -> None:
         """Write an ordinary Hugging Face directory, which appears whole or not at all."""
         weights = {}
-        for name, parameter in self._gathered():
+        for name, parameter in self._exported():
             if self._rank == 0:
                 weights[name] = parameter.detach().cpu().clone()
         if self._rank == 0:
@@ -662,19 +842,27 @@ class DeepSpeedRank:
             publish_directory(beside, target)
         dist.barrier()
 
+    def _published(self) -> Iterator[tuple[str, Any]]:
+        """Yield what the rollout pool is given, as this rank holds it: the policy's parameters, or its adapter's alone.
+
+        A tied head has no entry of its own.
+        """
+        return (policy_parameters if self._config.lora is None else adapter_parameters)(self._engine.module)
+
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the named parameters, whole also under ZeRO 3; a tied head has no entry of its own."""
-        for name, parameter in policy_parameters(self._engine.module):
+        """Yield the same, whole also under ZeRO 3."""
+        for name, parameter in self._published():
             with self._whole(parameter):
                 yield name, parameter.detach()
 
-    def _whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
-        if self._config.zero_stage < 3:
-            return nullcontext()
-        import deepspeed
+    def _exported(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole policy, an adapter merged into its base."""
+        if self._config.lora is None:
+            return self._gathered()
+        return merged_parameters(self._engine.module, whole=self._whole, leave_out=VALUE_HEAD)
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
-        return context
+    def _whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
+        return whole_parameter(parameter) if self._config.zero_stage == 3 else nullcontext()
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -689,9 +877,17 @@ class DeepSpeedRank:
         if self._rank == 0:
             fresh_beside(target)
         dist.barrier()
-        self._engine.save_checkpoint(str(beside), tag=CHECKPOINT_TAG, client_state={}, save_latest=False)
-        torch.save(_random_states(), beside / f"random-{self._rank:05d}.pt")
+        self._engine.save_checkpoint(
+            str(beside),
+            tag=CHECKPOINT_TAG,
+            client_state={},
+            save_latest=False,
+            exclude_frozen_parameters=self._config.lora is not None,
+        )
+        torch.save(random_states(), beside / f"random-{self._rank:05d}.pt")
         if self._rank == 0:
+            if len(self._first.cache):
+                torch.save(self._first.cache.state(), beside / REFERENCE_CACHE)
             (beside / TOPOLOGY).write_text(json.dumps({**self._topology(), **self._counters()}, indent=2) + "\n")
         dist.barrier()
         digests = tuple(sorted(self._on_all(self._share(beside, synced_digest)), key=lambda digest: digest.path))
@@ -710,7 +906,8 @@ class DeepSpeedRank:
                 check.
 
         Raises:
-            CorruptCheckpoint: a file is missing, changed or one too many, or the topology is another.
+            CorruptCheckpoint: a file is missing, changed or one too many, or it was saved with other settings; another
+                number of ranks is no hindrance, but for an adapter.
         """
         source = Path(path)
         wanted = {digest.path: digest for digest in files or read_manifest(source)}
@@ -721,26 +918,67 @@ class DeepSpeedRank:
             raise CorruptCheckpoint(f"{source}: {'; '.join(sorted(set(found)))}")
         saved = json.loads((source / TOPOLOGY).read_text())
         here = self._topology()
-        there = {key: saved[key] for key in here}
-        if there != here:
+        there = {key: saved.get(key) for key in here}
+        # An adapter's checkpoint leaves out its base, which is that of the topology.
+        whole = self._config.lora is None
+        resized = whole and there != here and {**there, "num_ranks": self._num_ranks} == here
+        if there != here and not resized:
             raise CorruptCheckpoint(
                 f"{source}: saved with {there}, wanted {here}; "
                 "set the config back, or start anew from the exported weights"
             )
-        loaded, _ = self._engine.load_checkpoint(str(source), tag=CHECKPOINT_TAG)
+        with self._readable(source, resized=resized) as folder:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=whole)
         if loaded is None:
             raise RuntimeError(f"{source}: DeepSpeed found nothing to load under tag {CHECKPOINT_TAG!r}")
         self._num_steps, self._num_bad_steps = saved["num_steps"], saved["num_bad_steps"]
+        self._kl_coefficient = saved.get("kl_coefficient")
+        if (source / REFERENCE_CACHE).is_file():
+            self._first.cache.restore(torch.load(source / REFERENCE_CACHE, weights_only=True))
         self._update = None
-        _restore_random_states(torch.load(source / f"random-{self._rank:05d}.pt", weights_only=True))
+        states = source / f"random-{self._rank:05d}.pt"
+        if states.is_file():  # else a rank that there was not when it was saved: it keeps its own
+            restore_random_states(torch.load(states, weights_only=True))
         dist.barrier()
+
+    @contextmanager
+    def _readable(self, source: Path, *, resized: bool) -> Iterator[Path]:
+        """Give the checkpoint in a form that the engine reads: of another number of ranks, DeepSpeed's universal one.
+
+        Without ZeRO every rank holds everything, and there is nothing to convert.
+        """
+        universal = resized and self._config.zero_stage > 0
+        if universal != self._universal:
+            self._build(universal=universal)
+        if not universal:
+            yield source
+            return
+        folder = source.with_name(f".{source.name}.universal")
+        if self._rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            convert_to_universal(source / CHECKPOINT_TAG, folder / CHECKPOINT_TAG)
+        dist.barrier()
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
+        try:
+            yield folder
+            repair_universal(self._engine.optimizer, decays)
+            dist.barrier()
+        finally:
+            if self._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _topology(self) -> dict[str, Any]:
         config = self._config
-        return {"num_ranks": self._num_ranks, "zero_stage": config.zero_stage, "dtype": config.dtype}
+        topology = {"num_ranks": self._num_ranks, "zero_stage": config.zero_stage, "dtype": config.dtype}
+        lora = None if config.lora is None else {**config.lora.model_dump(mode="json"), "base": self._base}
+        return {**topology, "lora": lora}
 
-    def _counters(self) -> dict[str, int]:
-        return {"num_steps": self._num_steps, "num_bad_steps": self._num_bad_steps}
+    def _counters(self) -> dict[str, float | None]:
+        return {
+            "num_steps": self._num_steps,
+            "num_bad_steps": self._num_bad_steps,
+            "kl_coefficient": self._kl_coefficient,
+        }
 
     def _share(self, directory: Path, call: Callable[[Path, Path], Any]) -> list[Any]:
         """Return what a call gives for this rank's share of a directory's files, so that hashing is split."""
@@ -769,114 +1007,6 @@ class DeepSpeedRank:
             self._engine = None
 
 
-# ------------------------------------------------------------------------------------------------------------ model
-
-
-def load_model(source: ModelSource, *, dtype: torch.dtype) -> Any:
-    """Return the causal language model of a Hugging Face directory. Never runs code from it, never unpickles.
-
-    Raises:
-        ValueError: no such directory, no config.json, or no safetensors and no `init_seed`.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = Path(source.path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model: {path} has no config.json, wanted a Hugging Face model directory")
-    if source.init_seed is not None:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        with torch.random.fork_rng():
-            torch.manual_seed(source.init_seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"model: {path} has no *.safetensors; save it as safetensors, or give init_seed to draw random weights"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
-
-
-def _import_deepspeed() -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Else DeepSpeed 0.19 compiles an operator that training never uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _build_engine(model: Any, *, config: TrainingConfig, num_ranks: int) -> Any:
-    import deepspeed
-
-    optimizer = _optimizer(model, config)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = _engine_settings(config, num_ranks=num_ranks, num_parameters=num_parameters)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    return engine
-
-
-def _optimizer(model: Any, config: TrainingConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "muon":
-        return MuonAdamW(
-            model,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.AdamW(
-        _parameter_groups(model, weight_decay=config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        fused=True,
-    )
-
-
-def _engine_settings(config: TrainingConfig, *, num_ranks: int, num_parameters: int) -> dict[str, Any]:
-    """Return DeepSpeed's settings. Accumulation is driven by us: a step has as many micro-batches as its rows fill."""
-    # DeepSpeed's buckets are sized for billions of parameters: 2 GB would be reserved for any model.
-    bucket = min(50_000_000, num_parameters)
-    settings: dict[str, Any] = {
-        "train_batch_size": num_ranks,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "overlap_comm": False,
-            "stage3_prefetch_bucket_size": bucket,
-            # Weights below this are kept whole on every rank: norms and biases, whatever the model's size.
-            "stage3_param_persistence_threshold": min(100_000, num_parameters // 1000),
-        },
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
-    if config.zero_stage > 0:
-        settings["gradient_clipping"] = config.max_grad_norm
-    if config.dtype == "bf16":
-        settings["bf16"] = {"enabled": True}
-        settings["communication_data_type"] = "fp32"
-        if config.zero_stage > 1:
-            # Under stage 1 this would select an optimizer that does not skip a step whose gradient is not finite.
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
-
-
-def _parameter_groups(model: Any, *, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if weight_decay == 0.0:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     scalars = {**output.metrics, "loss": output.loss.detach()}
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
@@ -884,64 +1014,6 @@ def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     values["num_padded_tokens"] = padded.num_padded_tokens
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
-
-
-def _node_address() -> str:
-    address: Callable[[], str] = ray.util.get_node_ip_address
-    return address()
-
-
-def interface_of(address: str) -> str:
-    """Return the name of this host's network interface that has an address.
-
-    Raises:
-        ValueError: none has it; lists those that there are.
-    """
-    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
-    for name, found in addresses.items():
-        if address in found:
-            return name
-    raise ValueError(
-        f"rank: got the node address {address}, wanted that of an interface of this host ({', '.join(addresses)}): "
-        "start Ray with --node-ip-address of one of them, or set GLOO_SOCKET_IFNAME"
-    )
-
-
-def _tcp_store(host: str, port: int, *, num_ranks: int, is_master: bool, timeout_s: float) -> Any:
-    store: Any = dist.TCPStore  # type: ignore[attr-defined] # torch 2.13 leaves it out of what it exports by name
-    timeout = timedelta(seconds=timeout_s)
-    return store(host, port, num_ranks, is_master=is_master, wait_for_workers=False, timeout=timeout)
-
-
-# ------------------------------------------------------------------------------------------------------ randomness
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _random_states() -> dict[str, Any]:
-    """Return the states of all generators as plain tensors and numbers, so that loading them runs no code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, words, gauss_next = random.getstate()
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(words), gauss_next],
-    }
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, words, gauss_next = states["python"]
-    random.setstate((version, tuple(words), gauss_next))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 class _Clock:

@@ -65,11 +65,26 @@ from trainers.importance import ImportanceConfig
 from trainers.journal import Journal
 from trainers.loop_config import LoopConfig
 from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
+from trainers.mixed_feedback import EXPERT, error_rates, failure_share, tally
+from trainers.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
+from trainers.pair_feedback import PairFeedback
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.progress import Progress, StopSignal
-from trainers.summary import IterationMetrics, append_metrics, rewind_metrics
-from trainers.training_data import TrainingData, material_of, of_accepted, of_pairs, of_samples, reads_spans
-from trainers.training_group import TrainingGroup, TrainingPlan, UpdateReport
+from trainers.reward_model import RewardModel
+from trainers.selection import SelectionConfig, Trusted, agreeing, select_responses
+from trainers.summary import FeedbackMetrics, IterationMetrics, append_metrics, rewind_metrics
+from trainers.training_config import ReferenceWeights
+from trainers.training_data import (
+    TrainingData,
+    learns_from_equals,
+    material_of,
+    of_accepted,
+    of_groups,
+    of_pairs,
+    of_samples,
+    reads_spans,
+)
+from trainers.training_group import TrainingGroup, UpdateReport
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +109,12 @@ class DriverConfig:
     """How many of the learner's tokens it takes to spell so many characters (actors.chat.num_tokens_spanning)."""
     importance: ImportanceConfig | None = None
     """How samples of older weights are corrected for; None where their log-probs can't be compared."""
+    reference_weights: ReferenceWeights = "start_of_update"
+    """Weights that the loss compares the learner with."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which labels are left out as probably wrong."""
+    objectives: ObjectivesConfig | None = None
+    """What responses are scored by besides the verdict; None: by that alone."""
 
 
 class Stopped(Exception):
@@ -141,6 +162,10 @@ class Prepared:
     clock: StageClock
     state: LoopState
     """What is to be committed with it."""
+    pairs: Sequence[PreferencePair] = ()
+    """What the reward model learns from first; none without one."""
+    reward: Mapping[str, float] = field(default_factory=dict)
+    """What there is to say of it once it has learnt (`trainers.reward_model.Rewarded`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +182,8 @@ class Roles:
     """By role: attacker, rollouts, critic; two roles may share one pool."""
     turns: GpuTurns = field(default_factory=GpuTurns)
     """Whose turn it is on GPUs that pools share with the learner; without such, everybody's."""
+    reward_model: RewardModel | None = None
+    """Scores the samples in the place of the verdicts; None: the verdicts do."""
 
 
 class Driver:
@@ -200,6 +227,9 @@ class Driver:
         material = material_of(config.loss)
         assert material is not None, "the config's own check"
         self._material = material
+        self._pair_feedback = PairFeedback(
+            mix=config.preferences.mix, selection=config.selection, objectives=config.objectives
+        )
         self._progress = progress
         self._stop = stop
         self._journal = Journal(store)
@@ -277,7 +307,9 @@ class Driver:
         rollouts = await self._attack_respond_critique(iteration, clock)
         judged = rollouts.judged()
         verdicts = await self._judge(iteration, judged, clock)
+        self._head.checked.update(tally(judged, verdicts))
         data = await self._training_data(rollouts, judged, verdicts)
+        pairs = await self._pairs_to_score_by(rollouts, judged, verdicts)
         outcomes = self._steer(rollouts, judged)
         self._account(iteration, judged, verdicts)
         return Prepared(
@@ -289,10 +321,12 @@ class Driver:
             outcomes=outcomes,
             clock=clock,
             state=self._head.copy(),
+            pairs=pairs,
         )
 
     async def _learn(self, prepared: Prepared) -> None:
         """Update, publish, evaluate, commit."""
+        prepared = await self._rewarded(prepared)
         update = await self._update(prepared)
         sync = await self._publish(prepared.iteration, prepared.clock)
         metrics = await self._evaluate(prepared, update, sync)
@@ -366,20 +400,45 @@ class Driver:
         self, rollouts: Rollouts, judged: Sequence[Judged], verdicts: Sequence[Verdict]
     ) -> TrainingData:
         """Return what the loss is to be given: preference pairs, or the judged responses themselves."""
+        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
+        scores = self._score(trusted)
         if self._material == "pairs":
-            return of_pairs(await self._pair(rollouts.iteration, rollouts, verdicts), rollouts.place)
-        make = of_samples if self._material == "samples" else of_accepted
-        return make(
-            judged,
-            verdicts,
-            version=rollouts.iteration - 1,
-            max_age=self._config.loop.max_policy_age,
-            spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
-        )
+            data = of_pairs(await self._pair(rollouts.iteration, rollouts, trusted.verdicts, scores), rollouts.place)
+        elif self._material == "groups":
+            data = of_groups(
+                trusted.judged,
+                trusted.verdicts,
+                version=rollouts.iteration - 1,
+                max_age=self._config.loop.max_policy_age,
+                equals=learns_from_equals(self._config.loss),
+            )
+        else:
+            make = of_samples if self._material == "samples" else of_accepted
+            data = make(
+                trusted.judged,
+                trusted.verdicts,
+                version=rollouts.iteration - 1,
+                max_age=self._config.loop.max_policy_age,
+                spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
+            )
+        if self._material == "accepted":
+            data = select_responses(data, rollouts.responses, self._config.selection, iteration=rollouts.iteration)
+        elif self._material == "samples" and self._config.objectives is not None:
+            data = rescored(data, scalar_scores(scores, self._head.scores, self._config.objectives))
+        return replace(data, dropped={**data.dropped, **trusted.dropped})
 
-    async def _pair(self, iteration: int, rollouts: Rollouts, verdicts: Sequence[Verdict]) -> Pairs:
+    def _score(self, trusted: Trusted) -> Scores:
+        """Return what the objectives make of the responses, and remember what they were like; empty without any."""
+        objectives = self._config.objectives
+        if objectives is None:
+            return {}
+        scores = score_all(trusted.judged, trusted.verdicts, objectives)
+        self._head.scores.add(scores, objectives.names)
+        return scores
+
+    async def _pair(self, iteration: int, rollouts: Rollouts, verdicts: Sequence[Verdict], scores: Scores) -> Pairs:
         """Return the preference pairs of the verdicts, stored before they are trained on."""
-        pairs = build_pairs(
+        built = build_pairs(
             list(rollouts.queries.values()),
             rollouts.responses,
             verdicts,
@@ -389,6 +448,10 @@ class Driver:
             version=iteration - 1,
             max_age=self._config.loop.max_policy_age,
         )
+        head = self._head
+        pairs = self._pair_feedback.told(
+            built, verdicts, iteration=iteration, checked=head.checked, scores=scores, running=head.scores
+        )
         logged = self._before(iteration)
         if "pairs" in logged:
             pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
@@ -397,6 +460,34 @@ class Driver:
         self._check_stop()
         return pairs
 
+    async def _pairs_to_score_by(
+        self, rollouts: Rollouts, judged: Sequence[Judged], verdicts: Sequence[Verdict]
+    ) -> Sequence[PreferencePair]:
+        """Return the pairs that the reward model learns from; none without one."""
+        if self._roles.reward_model is None:
+            return ()
+        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
+        return (await self._pair(rollouts.iteration, rollouts, trusted.verdicts, {})).pairs
+
+    async def _rewarded(self, prepared: Prepared) -> Prepared:
+        """Train the reward model on the iteration's pairs, and have its scores in the place of the verdicts'."""
+        model, iteration = self._roles.reward_model, prepared.iteration
+        if model is None:
+            return prepared
+        with prepared.clock.stage("reward"):
+            found = await model.learn(prepared.judged, prepared.verdicts, prepared.pairs, iteration=iteration)
+            if "rewards" not in self._before(iteration):
+                await self._journal.add("rewards", found.rewards, iteration=iteration)
+        data = of_samples(
+            prepared.judged,
+            prepared.verdicts,
+            version=iteration - 1,
+            max_age=self._config.loop.max_policy_age,
+            spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
+            scores=found.scores,
+        )
+        return replace(prepared, data=data, reward=found.figures)
+
     async def _update(self, prepared: Prepared) -> UpdateReport | None:
         """Train the learner on the iteration's data, an Arrow table; None when there is none."""
         data = prepared.data
@@ -404,13 +495,14 @@ class Driver:
             logger.warning("iteration %d: nothing to train on: all was dropped", prepared.iteration)
             return None
         with prepared.clock.stage("update"):
-            plan = TrainingPlan.of(
-                data.row_ids,
-                keys=data.places,
+            plan = self._pair_feedback.plan(
+                data,
                 batch_size=self._config.batch_size,
                 epochs=self._config.loop.epochs,
                 seed=self._seed * 1_000 + prepared.iteration,
             )
+            done, whole = prepared.iteration - 1, self._config.loop.iterations
+            plan = replace(plan, training=(done / whole, (done + 1) / whole))
             async with self._roles.turns.learner():
                 report = await self._roles.learner_group.update(
                     data.table,
@@ -418,9 +510,26 @@ class Driver:
                     loss_config=self._config.loss_config,
                     plan=plan,
                     importance=self._config.importance,
+                    reference_weights=self._config.reference_weights,
+                    kl_budget=self._config.loop.kl_budget,
                 )
+        self._tell_stop(prepared.iteration, report)
         self._watch_gap(prepared.iteration, report)
         return report
+
+    def _tell_stop(self, iteration: int, report: UpdateReport) -> None:
+        """Say it when a KL budget has ended the update before its plan did (H-KLB)."""
+        if report.stopped_by is None or report.kl is None:
+            return
+        budget = self._config.loop.kl_budget
+        reached, most = {
+            "update": (f"{report.kl.update:.2f} nats per response from the update's start", budget.update),
+            "run": (f"{report.kl.run:.2f} nats per response from the run's start", budget.run),
+        }[report.stopped_by]
+        self._progress.note(
+            f"stopped by KL budget: iteration {iteration} ended its update after {len(report.steps)} of "
+            f"{len(report.steps) + report.num_left_out} steps, {reached}, wanted at most {most:g}"
+        )
 
     def _watch_gap(self, iteration: int, report: UpdateReport) -> None:
         """Raise the alarm when two engines with one version's weights differ more than they should (L-TIS)."""
@@ -494,7 +603,24 @@ class Driver:
             wall_s=wall_s,
             tokens_per_s=tokens_per_s,
             parity_max_abs_diff=sync.max_abs_diff,
-            training={} if update is None else dict(update.means),
+            training={
+                **({} if update is None else update.means),
+                **{f"reward_model_{name}": value for name, value in prepared.reward.items()},
+            },
+            feedback=self._feedback(prepared),
+        )
+
+    def _feedback(self, prepared: Prepared) -> FeedbackMetrics | None:
+        """Return what experts' labels of randomly drawn answers say; None where none was drawn."""
+        shown = failure_share(prepared.judged, prepared.verdicts)
+        mix = self._config.preferences.mix
+        rates = None if mix is None else error_rates(prepared.state.checked, mix)
+        sources = prepared.data.table.column("source") if "source" in prepared.data.table.column_names else None
+        return FeedbackMetrics.of(
+            shown,
+            checked=prepared.state.checked,
+            rates={} if rates is None else rates.critic,
+            num_expert_pairs=None if sources is None else sources.to_pylist().count(EXPERT),
         )
 
     def _account(self, iteration: int, judged: Sequence[Judged], verdicts: Sequence[Verdict]) -> None:
@@ -533,6 +659,9 @@ class Driver:
         async with self._roles.turns.learner():
             await group.save(checkpoint)
             await group.export(policy)
+        rewards = self._store.checkpoint_dir(iteration, of="reward")
+        if self._roles.reward_model is not None:
+            await self._roles.reward_model.save(rewards)
         state.gold = Counter(self._gold.counts)
         state.parity_max_abs_diff = self.state.parity_max_abs_diff
         state.wall_s = self._wall.seconds()
@@ -542,7 +671,10 @@ class Driver:
             self._store.commit,
             iteration,
             state=state.snapshot(),
-            checkpoint=await self._digests(checkpoint),
+            checkpoint=(
+                *await self._digests(checkpoint),
+                *(() if self._roles.reward_model is None else await self._digests(rewards)),
+            ),
             policy=await self._digests(policy),
         )
         self.state = state
@@ -568,6 +700,8 @@ class Driver:
         iteration = self.state.iteration
         async with self._roles.turns.learner():
             await self._roles.learner_group.load(self._store.checkpoint_dir(iteration))
+        if self._roles.reward_model is not None:
+            await self._roles.reward_model.load(self._store.checkpoint_dir(iteration, of="reward"))
         await self._publish(iteration, StageClock())
 
     async def _freeze_attack_set(self) -> None:

@@ -208,6 +208,11 @@ def colocation_problems(
             f"learner.training.zero_stage: got {training.zero_stage} with placement.colocate, wanted 1 or 2: DeepSpeed "
             "can put aside what a rank holds beside its weights there, not under the others"
         )
+    if training.offload != "none":
+        yield (
+            f'learner.training.offload: got "{training.offload}" with placement.colocate, wanted "none": what a rank '
+            "holds beside its weights is put aside there whenever the engines have the GPU"
+        )
     asked = sum(tenant.replicas * tenant.engine.tensor_parallel_size for tenant in tenants.values())
     if asked > training.num_ranks:
         sums = " + ".join(f"{t.replicas} × {t.engine.tensor_parallel_size} {name}" for name, t in tenants.items())

@@ -60,6 +60,24 @@ class KlControl(Config):
     """Samples over which an error of 20 % or more changes the price by about 20 %."""
 
 
+class KlBudget(Config):
+    """How far an update may move the weights, in nats per response (trainers.kl_probe); beyond, its steps are left out.
+
+    The defaults are ours.
+    """
+
+    enabled: bool = False
+    """Whether that is measured, at the cost of a forward pass over `num_sequences` responses each time."""
+    update: float = Field(default=10.0, gt=0.0)
+    """Greatest KL from the weights at the update's start."""
+    run: float = Field(default=30.0, gt=0.0)
+    """Greatest KL from the run's first weights."""
+    num_sequences: int = Field(default=16, ge=1)
+    """Responses that it is measured on, of the update's own."""
+    every: int = Field(default=4, ge=1)
+    """Optimizer steps between two measurements; the update's end is always measured."""
+
+
 def controlled(coefficient: float, *, kl: float, num_samples: int, control: KlControl) -> float:
     """Return the KL coefficient of the next update (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 

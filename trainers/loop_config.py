@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cluster.config import Config
 from trainers.importance import ImportanceConfig
+from trainers.kl import KlBudget
 
 
 class LoopConfig(Config):
@@ -25,5 +26,7 @@ class LoopConfig(Config):
     ones are learnt; older samples are dropped and counted."""
     importance: ImportanceConfig = ImportanceConfig()
     """How samples of older weights are corrected for."""
+    kl_budget: KlBudget = KlBudget()
+    """How far one update, and the whole run, may move the learner's weights."""
     parity_bound: float = Field(default=1e-4, gt=0.0)
     """Greatest allowed difference in log-probs (nats) between a replica and the learner; 1e-4 holds in fp32."""

@@ -20,9 +20,11 @@ from actors.records import (
     Proposal,
     Query,
     Response,
+    Reward,
     Verdict,
     from_table,
 )
+from trainers.objectives import RunningScores
 from trainers.preferences import age_of
 
 STAGES = {
@@ -32,6 +34,7 @@ STAGES = {
     "critiques": (Critique, "critique_id"),
     "verdicts": (Verdict, "verdict_id"),
     "pairs": (PreferencePair, "pair_id"),
+    "rewards": (Reward, "reward_id"),
     "evaluations": (EvaluationAnswer, "answer_id"),
 }
 """The journal's stages: the record of each and the column that identifies a row."""
@@ -106,6 +109,10 @@ class LoopState:
     num_asked: int = 0
     gold: Counter[str] = field(default_factory=Counter)
     parity_max_abs_diff: float = 0.0
+    checked: Counter[str] = field(default_factory=Counter)
+    """The critic's verdicts that experts checked on answers drawn at random (`trainers.mixed_feedback.tally`)."""
+    scores: RunningScores = field(default_factory=RunningScores)
+    """What each objective's scores were like so far (`objectives` of a run's config)."""
     wall_s: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of all sittings up to the commit (`WallClock`)."""
 
@@ -128,6 +135,8 @@ class LoopState:
             "num_asked": self.num_asked,
             "gold": dict(self.gold),
             "parity_max_abs_diff": self.parity_max_abs_diff,
+            "checked": dict(self.checked),
+            "scores": self.scores.snapshot(),
             "wall_s": dict(self.wall_s),
         }
 
@@ -141,6 +150,8 @@ class LoopState:
             num_asked=snapshot["num_asked"],
             gold=Counter(snapshot["gold"]),
             parity_max_abs_diff=snapshot["parity_max_abs_diff"],
+            checked=Counter(snapshot.get("checked", {})),
+            scores=RunningScores.restore(snapshot.get("scores", {})),
             wall_s=dict(snapshot["wall_s"]),
         )
 

@@ -37,7 +37,7 @@ SERVE_BYTES = 910 * MIB
 GPU_OVERHEAD_BYTES = 2 * GIB
 """CUDA context, kernels and activations of an engine on a GPU; not measured: vLLM measures its own at the start."""
 BUCKET_ELEMENTS = 50_000_000
-"""Greatest communication bucket of the learner's ranks (trainers/deepspeed_worker.py)."""
+"""Greatest communication bucket of the learner's ranks (trainers/engine_settings.py)."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters, left at its default."""
@@ -169,34 +169,66 @@ def training_memory(shape: ModelShape, training: TrainingConfig, *, optimizer: s
     those that stage 3 gathers for a layer stay gathered up to DeepSpeed's bound, which small models never reach.
     """
     parameters, ranks, stage = shape.num_parameters, training.num_ranks, training.zero_stage
+    trained = num_trained(shape, training)
+    frozen = 0 if training.lora is None else parameters
     width = BYTES[training.dtype]
     gradient_width = 4 if training.dtype == "bf16" and stage >= 2 else width  # accumulated in fp32 there
-    moments = 8 * parameters
+    moments = 8 * trained
     if (optimizer or training.optimizer) == "muon":
         # One moment for the blocks' matrices, AdamW's two for what is left.
         moments = 4 * (parameters + _outside_blocks(shape))
-    masters = 4 * parameters if stage >= 1 else 0
+    masters = 4 * trained if stage >= 1 else 0
     # Gradients travel in fp32, through a bucket; ZeRO holds a second one beside it.
     num_buckets = 2 if stage >= 1 else 1 if ranks > 1 else 0
     return {
-        "weights": parameters * width // (ranks if stage >= 3 else 1),
+        "weights": (trained + frozen) * width // (ranks if stage >= 3 else 1),
         "gathered": min(parameters, MAX_LIVE_PARAMETERS) * width if stage >= 3 else 0,
-        "gradients": parameters * gradient_width // (ranks if stage >= 2 else 1),
+        "gradients": trained * gradient_width // (ranks if stage >= 2 else 1),
         "optimizer": (moments + masters) // (ranks if stage >= 1 else 1),
-        "buckets": num_buckets * 4 * min(BUCKET_ELEMENTS, parameters),
+        "buckets": num_buckets * 4 * min(BUCKET_ELEMENTS, trained),
         "activations": activation_bytes(shape, training),
     }
 
 
+def on_host(training: TrainingConfig) -> frozenset[str]:
+    """Return which purposes of `training_memory` take the host's memory though the rank computes on a GPU."""
+    if training.offload == "none":
+        return frozenset()
+    return frozenset(
+        {1: ("optimizer",), 2: ("optimizer", "gradients")}.get(
+            training.zero_stage, ("optimizer", "gradients", "weights")
+        )
+    )
+
+
+def first_weights_bytes(shape: ModelShape, training: TrainingConfig) -> int:
+    """Return what a rank takes while it computes by the run's first weights: all of them, under every ZeRO stage.
+
+    Nothing, where they are the base of an adapter that it has already.
+    """
+    if training.lora is not None and training.zero_stage < 3:
+        return 0
+    return shape.num_parameters * BYTES[training.dtype]
+
+
+def kl_probe_bytes(shape: ModelShape, *, num_ranks: int, num_sequences: int) -> int:
+    """Return what a rank keeps to measure a KL budget: three times [tokens, V] fp32 of its responses, at most."""
+    return 3 * 4 * math.ceil(num_sequences / num_ranks) * shape.context * shape.vocab_size
+
+
 def activation_bytes(shape: ModelShape, training: TrainingConfig) -> int:
-    """Return what a forward pass over one micro-batch keeps for its backward pass; nothing is recomputed.
+    """Return what a forward pass over one micro-batch keeps for its backward pass.
 
     Per token and layer of a Llama: 9 hidden + 2 kv + 4 intermediate values (two norms: input, normed, scaled; queries,
     attention's output twice; keys, values; gate, up, activated gate, product), of b bytes; per token three fp32 copies
-    of the logits (predictors, log-softmax, its gradient). Attention's own scores are never stored.
+    of the logits (predictors, log-softmax, its gradient). Attention's own scores are never stored. With gradient
+    checkpointing each layer keeps its input, and the layer that is computed again all of that.
     """
     per_layer = 9 * shape.hidden_size + 2 * shape.kv_width + 4 * shape.intermediate_size
-    per_token = shape.num_layers * per_layer * BYTES[training.dtype] + 3 * 4 * shape.vocab_size
+    kept = shape.num_layers * per_layer
+    if training.gradient_checkpointing:
+        kept = shape.num_layers * shape.hidden_size + per_layer
+    per_token = kept * BYTES[training.dtype] + 3 * 4 * shape.vocab_size
     # A pair is two sequences; a rank has its share of the batch and no more.
     longest = 2 * math.ceil(training.batch_size / training.num_ranks) * shape.context
     return min(training.micro_batch_tokens, longest or training.micro_batch_tokens) * per_token
@@ -205,7 +237,18 @@ def activation_bytes(shape: ModelShape, training: TrainingConfig) -> int:
 def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
     """Return the size of one checkpoint, over all ranks: weights, moments, and masters from ZeRO 1 on."""
     masters = 4 if training.zero_stage >= 1 else 0
-    return shape.num_parameters * (BYTES[training.dtype] + 8 + masters)
+    return num_trained(shape, training) * (BYTES[training.dtype] + 8 + masters)
+
+
+def num_trained(shape: ModelShape, training: TrainingConfig) -> int:
+    """Return how many parameters are trained: all, or an adapter's, rank x (in + out) for each layer that it has."""
+    lora = training.lora
+    if lora is None:
+        return shape.num_parameters
+    hidden, kv, inner = shape.hidden_size, shape.kv_width, shape.intermediate_size
+    ends = {"k_proj": hidden + kv, "v_proj": hidden + kv, "gate_proj": hidden + inner, "up_proj": hidden + inner}
+    ends["down_proj"] = inner + hidden
+    return shape.num_layers * lora.rank * sum(ends.get(name, 2 * hidden) for name in lora.targets)
 
 
 def _outside_blocks(shape: ModelShape) -> int:

@@ -41,12 +41,19 @@ from trainers.memory_estimate import (
     engine_dtype,
     engine_gpu_memory,
     engine_memory,
+    first_weights_bytes,
+    kl_probe_bytes,
     kv_bytes_per_token,
+    num_trained,
+    on_host,
     training_memory,
 )
-from trainers.run_config import BOOTSTRAP, RunConfig, tenants
+from trainers.run_config import BOOTSTRAP, RunConfig, sharing, tenants
+from trainers.training_config import TrainingConfig
 from trainers.training_data import Material, material_of
 
+REWARD = "reward"
+"""What a plan calls the ranks of the reward model."""
 ENDPOINT = "endpoint"
 """What a plan calls the learner's replicas that serve clients."""
 WEIGHT_VERSIONS_IN_STORE = 2
@@ -231,6 +238,7 @@ def planned_transfer(config: RunConfig, *, num_gpus: int | None) -> Transfer:
         gpus_per_replica=_engine_gpus(engine),
         in_turn="rollouts" in config.placement.colocate,
         num_gpus=num_gpus,
+        adapter=training.lora is not None,
     )
     return checked_transfer(config.weight_sync, ends, backends=usable_backends())
 
@@ -306,9 +314,13 @@ def _roles(
     config: RunConfig, *, shapes: Mapping[str, ModelShape], gpus: Sequence[Gpu], transfer: Transfer
 ) -> Iterator[RolePlan]:
     smallest = min((gpu.memory_bytes for gpu in gpus), default=None)
-    for role, section in (("attacker", config.attacker), ("rollouts", config.rollouts), ("critic", config.critic)):
-        plan = _engine_plan(role, section.engine, count=section.replicas, shape=shapes[role], gpu_bytes=smallest)
-        yield _in_turn(plan, section.engine, shape=shapes[role]) if role in config.placement.colocate else plan
+    counts = {"attacker": config.attacker.replicas, "rollouts": config.rollouts.replicas}
+    counts["critic"] = config.critic.replicas
+    for role, engine in _engines(config).items():
+        plan = _engine_plan(role, engine, count=counts[role], shape=shapes[role], gpu_bytes=smallest)
+        if role == "rollouts" and sharing(config):
+            plan = replace(plan, notes=(*plan.notes, f"{' and '.join(sharing(config))} ask its base"))
+        yield _in_turn(plan, engine, shape=shapes[role]) if role in config.placement.colocate else plan
     if config.serve.enabled:
         engine, count = config.rollouts.engine, config.serve.min_replicas
         served = _engine_plan(ENDPOINT, engine, count=count, shape=shapes["rollouts"], gpu_bytes=smallest)
@@ -317,8 +329,13 @@ def _roles(
     shape, training = shapes["learner"], config.learner.training
     tensors = training_memory(shape, training)
     on_gpu = training.gpus_per_rank > 0
+    budget = config.loop.kl_budget
+    if config.learner.reference == "bootstrap" or budget.enabled:
+        tensors["first weights"] = first_weights_bytes(shape, training)
     # Rank 0 copies the weights once to publish them, and once to export them.
-    host = {} if on_gpu else tensors
+    host = {name: size for name, size in tensors.items() if not on_gpu or name in on_host(training)}
+    if budget.enabled:
+        host["KL budget"] = kl_probe_bytes(shape, num_ranks=training.num_ranks, num_sequences=budget.num_sequences)
     aside = {"put aside": tensors["gradients"] + tensors["optimizer"]} if config.placement.colocate else {}
     yield RolePlan(
         role="learner",
@@ -330,13 +347,47 @@ def _roles(
         gpus=(training.gpus_per_rank,) if on_gpu else (),
         threads=training.threads_per_rank,
         memory={**host, **aside, "copy": shape.num_parameters * BYTES[training.dtype], "process": RANK_PROCESS_BYTES},
-        gpu_memory=tensors if on_gpu else {},
+        gpu_memory={name: size for name, size in tensors.items() if on_gpu and name not in on_host(training)},
         node_labels=training.node_labels,
         notes=(
-            f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}",
+            f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}{_of_adapter(shape, training)}",
             f"new weights go by {transfer.backend} ({transfer.reason})",
         ),
     )
+    if config.reward.kind == "model":
+        yield _reward_plan(config, shape=shape)
+
+
+def _reward_plan(config: RunConfig, *, shape: ModelShape) -> RolePlan:
+    """Return the plan of the reward model's ranks: a model of the learner's shape that nobody is published to."""
+    training = config.reward.training
+    tensors = training_memory(shape, training)
+    on_gpu = training.gpus_per_rank > 0
+    return RolePlan(
+        role=REWARD,
+        unit="rank",
+        count=training.num_ranks,
+        model=config.learner.model,
+        num_parameters=shape.num_parameters,
+        cpus=training.cpus_per_rank or (0.0 if on_gpu else 0.001),
+        gpus=(training.gpus_per_rank,) if on_gpu else (),
+        threads=training.threads_per_rank,
+        memory={**({} if on_gpu else tensors), "process": RANK_PROCESS_BYTES},
+        gpu_memory=tensors if on_gpu else {},
+        node_labels=training.node_labels,
+        notes=(
+            f"ZeRO {training.zero_stage}, {training.dtype}, {training.optimizer}{_of_adapter(shape, training)}",
+            "learns from each iteration's pairs, then scores its responses",
+        ),
+    )
+
+
+def _of_adapter(shape: ModelShape, training: TrainingConfig) -> str:
+    """Return what a rank trains where that is not all, as an ending of a sentence."""
+    if training.lora is None:
+        return ""
+    trained = num_trained(shape, training)
+    return f", an adapter of rank {training.lora.rank}: {trained:,} parameters, {trained / shape.num_parameters:.1%}"
 
 
 def _rank_cpus(config: RunConfig) -> float:
@@ -400,7 +451,7 @@ def _work(config: RunConfig) -> Work:
     material = material_of(config.loss.kind)
     assert material is not None, "the config's own check"
     pairs = queries * min(config.preferences.max_pairs_per_query, samples // 2)
-    rows = pairs if material == "pairs" else responses
+    rows = {"pairs": pairs, "groups": queries}.get(material, responses)
     domain = domain_called(config.domain.kind, config.domain)
     cells = len(domain.cells())
     return Work(
@@ -453,6 +504,12 @@ def _files(config: RunConfig, *, shape: ModelShape, work: Work) -> Iterator[Plan
         what=f"the last {NUM_CHECKPOINTS_KEPT}, and the next while it is written",
         size_bytes=kept * checkpoint_bytes(shape, training),
     )
+    if config.reward.kind == "model":
+        yield PlannedFile(
+            path=f"{run_dir}/checkpoints-reward/",
+            what=f"the reward model's last {NUM_CHECKPOINTS_KEPT}, and the next while it is written",
+            size_bytes=kept * checkpoint_bytes(shape, config.reward.training),
+        )
     yield PlannedFile(path=f"{run_dir}/", what="report, metrics, labels, logs", size_bytes=REPORT_BYTES)
 
 
@@ -462,6 +519,8 @@ def _journal_bytes(config: RunConfig, *, work: Work) -> int:
     Far less is usual: answers are shorter than allowed, and like ones are compressed.
     """
     rows = work.queries + 2 * work.responses + work.critiques + (work.rows if work.material == "pairs" else 0)
+    if config.reward.kind == "model":
+        rows += 2 * work.responses  # a score each, and at most one pair for each
     iteration = 200 * rows + 12 * work.response_tokens + 4 * work.critique_tokens
     once = sum(work.evaluation.values()) - work.evaluation["probe"]
     answers = 2 * once + (work.iterations + 1) * work.evaluation["probe"]
@@ -542,7 +601,8 @@ def _memory_problems(plan: Plan, *, config: RunConfig, shapes: Mapping[str, Mode
             f"that are here; most is for {largest}, {gib(parts[largest])}: lower replicas, num_ranks, kv_cache_gb or "
             "ray.object_store_gb"
         )
-    held = WEIGHT_VERSIONS_IN_STORE * shapes["learner"].num_parameters * BYTES[config.learner.training.dtype]
+    training = config.learner.training
+    held = WEIGHT_VERSIONS_IN_STORE * num_trained(shapes["learner"], training) * BYTES[training.dtype]
     store = int(config.ray.object_store_gb * GIB)
     if held > store:
         yield (
@@ -595,6 +655,13 @@ def _gpu_memory_problems(
             f"{share:g} of a GPU's {gib(gpu_bytes)}: raise zero_stage, num_ranks or gpus_per_rank, or lower "
             "micro_batch_tokens"
         )
+    for reward in (role for role in plan.roles if role.role == REWARD and role.gpu_memory):
+        needed, share = sum(reward.gpu_memory.values()), config.reward.training.gpus_per_rank
+        if needed > share * gpu_bytes:
+            yield (
+                f"reward.training: an estimated {gib(needed)} per rank, wanted at most {share:g} of a GPU's "
+                f"{gib(gpu_bytes)}: raise zero_stage, num_ranks or gpus_per_rank, or lower micro_batch_tokens"
+            )
 
 
 def _place_problems(plan: Plan, *, config: RunConfig) -> Iterator[str]:
@@ -613,7 +680,8 @@ def _place_problems(plan: Plan, *, config: RunConfig) -> Iterator[str]:
 
 
 def _engines(config: RunConfig) -> dict[str, EngineConfig]:
-    return {"attacker": config.attacker.engine, "rollouts": config.rollouts.engine, "critic": config.critic.engine}
+    engines = {"attacker": config.attacker.engine, "rollouts": config.rollouts.engine, "critic": config.critic.engine}
+    return {role: engine for role, engine in engines.items() if role not in sharing(config)}
 
 
 def _vllm_device() -> str | None:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from cluster import config as settings
 from trainers.advantages import Estimates, Samples
 from trainers.importance import Correction, token_factors
-from trainers.kl import estimate
+from trainers.kl import KlControl, estimate
 from trainers.losses import LossOutput, Reduction, TokenBatch
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class PolicyConfig(settings.Config):
     """Least such ratio, of the two masks."""
     temperature: float = Field(default=1.0, gt=0.0)
     """That of the sampling: log-probs are taken at it."""
+    kl_control: KlControl = KlControl()
+    """How kl_coefficient changes from one update to the next."""
 
 
 class TokenMeansConfig(PolicyConfig):

@@ -23,6 +23,7 @@ from pydantic import Field
 from actors.records import PreferencePair, Query, Response, Verdict, lineage_id
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
+from trainers.mixed_feedback import MixConfig
 
 
 class PreferenceConfig(Config):
@@ -34,6 +35,8 @@ class PreferenceConfig(Config):
     """Best against worst, second best against second worst, and so on, each response once."""
     cut_at_flaw: bool = True
     """Train against a rejected response only up to the end of the first flaw that the critique quotes."""
+    mix: MixConfig | None = None
+    """How pairs of critic and experts are weighed against each other; None: alike, whoever judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,7 @@ def _pair(
         age=max(age_of(good, version=version), age_of(bad, version=version)),
         chosen_logprobs=good.logprobs,
         rejected_logprobs=bad.logprobs[:cut],
+        other_margins=None,
     )
 
 

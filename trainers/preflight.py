@@ -295,7 +295,7 @@ def _plan_problems(config: RunConfig) -> Iterator[str]:
         yield from str(error).splitlines()
         return
     most = max(plan.roles, key=lambda role: role.count)
-    key = f"learner.training.num_{most.unit}s" if most.role == "learner" else f"{most.role}.replicas"
+    key = f"{most.role}.training.num_ranks" if most.unit == "rank" else f"{most.role}.replicas"
     for line in plan.problems:
         if line.startswith(CERTAIN):
             yield line.replace("placement: ", f"{key}: got {most.count}, and ", 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from actors.adapter import LINEAR_LAYERS
 from actors.attacker import AttackerConfig
 from actors.critic import CriticConfig
 from actors.engine_config import EngineConfig
@@ -37,14 +38,19 @@ from cluster.scaling import AutoscaleConfig
 from cluster.weight_transfer import WeightSyncConfig
 from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
+from trainers.feedback_checks import mix_problems, objectives_problems, oversight_problems, selection_problems
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
-from trainers.losses import load_loss
+from trainers.losses import forward_correction, load_loss
+from trainers.objectives import ObjectivesConfig
 from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
 from trainers.preferences import PreferenceConfig
+from trainers.reward_config import LOSS as REWARD_LOSS
+from trainers.reward_config import RewardConfig, reward_problems
+from trainers.selection import SelectionConfig
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
-from trainers.training_config import TrainingConfig
+from trainers.training_config import ReferenceWeights, TrainingConfig
 from trainers.training_data import material_of
 
 if TYPE_CHECKING:
@@ -78,6 +84,8 @@ class AttackerSection(Config):
     """Whether, and between which bounds, their number follows the pool's queue."""
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
+    shares: Literal["rollouts"] | None = None
+    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora."""
     sampling: AttackerConfig = AttackerConfig()
     """How the attacker's model is sampled."""
 
@@ -104,6 +112,8 @@ class CriticSection(Config):
     """Whether, and between which bounds, their number follows the pool's queue."""
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
+    shares: Literal["rollouts"] | None = None
+    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora."""
     judging: CriticConfig = CriticConfig()
     """How the critic is asked."""
 
@@ -115,6 +125,8 @@ class LearnerSection(Config):
     """A Hugging Face directory or "bootstrap"."""
     training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=3e-5, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
+    reference: ReferenceWeights = "start_of_update"
+    """Weights that a loss compares the learner with: "start_of_update", or "bootstrap", the run's first ones."""
 
 
 class RunConfig(Config):
@@ -148,8 +160,14 @@ class RunConfig(Config):
     """The simulated expert."""
     preferences: PreferenceConfig = PreferenceConfig()
     """How pairs are chosen."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which labels are left out as probably wrong."""
+    objectives: ObjectivesConfig | None = None
+    """What responses are scored by besides the verdict; without the section by that alone."""
     loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 10.0})
     """What the learner is trained on: `kind` names a file of trainers/losses."""
+    reward: RewardConfig = RewardConfig()
+    """What responses are scored by, where the loss learns from scores: verdicts, or a reward model of one's own."""
     learner: LearnerSection = LearnerSection()
     """The model that is trained."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
@@ -174,7 +192,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
-        checks = (_contexts, _models, _divisions, _exclusions, _ages, _gpus, _learning)
+        checks = (_contexts, _models, _divisions, _exclusions, _ages, _gpus, _learning, _feedback)
         problems = [line for check in checks for line in check(self)]
         if problems:
             raise ValueError("\n".join(problems))
@@ -267,6 +285,7 @@ def _contexts(config: RunConfig) -> Iterator[str]:
 
 def _models(config: RunConfig) -> Iterator[str]:
     """Yield where roles that must have the same model have two, or a window is longer than the model's."""
+    yield from _adapters(config)
     if config.rollouts.engine.model != config.learner.model:
         yield (
             f"rollouts.engine.model: got {shown(config.rollouts.engine.model)}, wanted learner.model, "
@@ -280,6 +299,60 @@ def _models(config: RunConfig) -> Iterator[str]:
                 f"{role}.engine.max_model_len: got {engine.max_model_len}, wanted at most "
                 f"base_model.max_positions = {longest}"
             )
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    """Yield where an adapter has nothing to be one of, or a role shares engines that are not what it asks for."""
+    for role in sharing(config):
+        yield from _sharing_problems(config, role)
+    lora = config.learner.training.lora
+    if lora is None:
+        return
+    if config.rollouts.engine.load_format == "dummy":
+        yield (
+            'rollouts.engine.load_format: got "dummy" with learner.training.lora, wanted "auto": the base, which an '
+            "update does not bring, is read from the directory"
+        )
+    absent = [name for name in lora.targets if name not in LINEAR_LAYERS]
+    if config.learner.model == BOOTSTRAP and absent:
+        yield (
+            f"learner.training.lora.targets: got {', '.join(absent)}, wanted layers of the base model's blocks: "
+            f"{', '.join(LINEAR_LAYERS)}"
+        )
+
+
+def sharing(config: RunConfig) -> tuple[Literal["attacker", "critic"], ...]:
+    """Return the roles that ask the rollout pool's engines, whose base answers them."""
+    roles: list[Literal["attacker", "critic"]] = []
+    if config.attacker.shares is not None:
+        roles.append("attacker")
+    if config.critic.shares is not None:
+        roles.append("critic")
+    return tuple(roles)
+
+
+def _sharing_problems(config: RunConfig, role: Literal["attacker", "critic"]) -> Iterator[str]:
+    section: AttackerSection | CriticSection = config.attacker if role == "attacker" else config.critic
+    if config.learner.training.lora is None:
+        yield (
+            f'{role}.shares: got "rollouts" without learner.training.lora, wanted both: with all weights trained the '
+            "rollout pool's engines are the learner's alone"
+        )
+    wanted = config.rollouts.engine.model_dump()
+    for key, value in section.engine.model_dump().items():
+        if value != wanted[key]:
+            yield (
+                f'{role}.engine.{key}: got {shown(value)} with {role}.shares = "rollouts", wanted rollouts.engine.{key}'
+                f" = {shown(wanted[key])}: they are the same engines"
+            )
+    for key, number, default in (("replicas", section.replicas, 1), ("autoscale.max", section.autoscale.max, 0)):
+        if number != default:
+            yield (
+                f'{role}.{key}: got {number} with {role}.shares = "rollouts", wanted none: it has no engines of its '
+                f"own; set rollouts.{key}"
+            )
+    if role in config.placement.colocate:
+        yield f'placement.colocate: got {role} with {role}.shares = "rollouts", wanted rollouts alone: {role} has none'
 
 
 def _divisions(config: RunConfig) -> Iterator[str]:
@@ -341,14 +414,28 @@ def _ages(config: RunConfig) -> Iterator[str]:
 def _learning(config: RunConfig) -> Iterator[str]:
     """Yield where the loss takes what no iteration makes, or what the learner or the sampling does not give it."""
     kind: str = config.loss.kind
+    if kind == REWARD_LOSS:
+        yield (
+            f'loss.kind: got "{kind}", wanted a loss of a policy: it trains a reward model, which is '
+            'reward.kind = "model" beside a loss that learns from scores, such as grpo'
+        )
+        return
+    yield from reward_problems(config.reward, loss=kind, objectives=config.objectives is not None)
     if material_of(kind) is None:
         able = [name for name in plugin_names("trainers.losses") if material_of(name) is not None]
         yield (
             f'loss.kind: got "{kind}", wanted one of {", ".join(able)}: {kind} takes a '
             f"{load_loss(kind).batch.__name__}, which no iteration makes"
         )
+    if isinstance(config.loss, forward_correction.Config) and config.loss.confusion is not None:
+        yield (
+            f"loss.confusion: got {len(config.loss.confusion)} classes, wanted none: the loop's labels are tokens, and "
+            "their classes the whole vocabulary; set loss.noise"
+        )
     if not isinstance(config.loss, PolicyConfig):
         return
+    if config.loss.kl_control.adaptive:
+        yield from _kl_control(config.loss, reference=config.learner.reference)
     if config.loss.needs_values and not config.learner.training.value_head:
         yield (
             f'loss.kind: got "{kind}" with learner.training.value_head = false, wanted true: it learns what a response '
@@ -364,6 +451,30 @@ def _learning(config: RunConfig) -> Iterator[str]:
             f"loss.temperature: got {config.loss.temperature:g}, wanted rollouts.sampling.temperature = "
             f"{temperature:g}: log-probs are taken at that of the sampling"
         )
+
+
+def _feedback(config: RunConfig) -> Iterator[str]:
+    """Yield where mixed or noisy feedback is not to be had as asked."""
+    kind, mix = config.loss.kind, config.preferences.mix
+    if material_of(kind) is None:
+        return  # `_learning` says what is wrong
+    yield from oversight_problems(config.oversight)
+    if mix is not None:
+        batch_size = config.learner.training.batch_size
+        yield from mix_problems(mix, loss=kind, oversight=config.oversight, batch_size=batch_size)
+    yield from selection_problems(config.selection, loss=kind, num_critiques=config.critic.judging.num_critiques)
+    yield from objectives_problems(config.objectives, loss=kind, loss_config=config.loss, oversight=config.oversight)
+
+
+def _kl_control(loss: PolicyConfig, *, reference: str) -> Iterator[str]:
+    """Yield where a price that is to follow the KL has nothing to follow."""
+    if reference != "bootstrap":
+        yield (
+            f'loss.kl_control.adaptive: got true with learner.reference = "{reference}", wanted "bootstrap": the KL is '
+            "measured at an update's start, where it is 0 to the weights of that moment"
+        )
+    if loss.model_dump()["kl_coefficient"] == 0.0:
+        yield "loss.kl_control.adaptive: got true with loss.kl_coefficient = 0, wanted more than 0: it is multiplied"
 
 
 def _gpus(config: RunConfig) -> Iterator[str]:

@@ -19,13 +19,16 @@ import torch
 
 from actors.attacker import Attacker
 from actors.attacks import load_attack
-from actors.chat import encode_chat, load_tokenizer, num_tokens_spanning
+from actors.chat import encode_chat, encode_text, load_tokenizer, num_tokens_spanning
 from actors.critic import Critic
 from actors.domains import Domain, GoldLedger, Purpose, Role, load_domain
 from actors.engine import Completion, EngineConfig, GenerationRequest, start_engine_replica
+from actors.engine_config import with_adapter
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertBudget, ExpertQueue, SimulatedExpert
-from actors.oversight import make_oversight
+from actors.generation import OfBase
+from actors.model_directory import context_length
+from actors.oversight import Judged, make_oversight
 from actors.records import EvaluationAnswer, from_table
 from actors.rollout import Rollout
 from actors.rubrics import StepMarks
@@ -48,7 +51,8 @@ from trainers.loop_state import STAGES, LoopState, WallClock
 from trainers.plan import planned_transfer
 from trainers.preflight import await_room, model_record
 from trainers.progress import Progress, StopSignal
-from trainers.run_config import BOOTSTRAP, RunConfig, tenants
+from trainers.reward_model import RewardModel, first_critique, read_response
+from trainers.run_config import BOOTSTRAP, RunConfig, sharing, tenants
 from trainers.summary import (
     BeforeAfter,
     CountedBeforeAfter,
@@ -276,21 +280,28 @@ async def _start_roles(
         Role.LEARNER: (config.rollouts.engine, config.rollouts.replicas),
         Role.CRITIC: (config.critic.engine, config.critic.replicas),
     }
+    lora = config.learner.training.lora
     pools: dict[str, Pool[GenerationRequest, Completion]] = {}
     shared = await asyncio.to_thread(share_gpus, tenants(config), training=config.learner.training)
     if shared is not None:
         stack.callback(release, shared.group)
+    shares = sharing(config)
     for number, (role, (engine, replicas)) in enumerate(engines.items()):
         name = "rollouts" if role is Role.LEARNER else role.value
+        if name in shares:
+            continue
+        engine = engine.model_copy(
+            update={
+                "model": str(_model(engine.model, base)),
+                "base_seed": config.seed * 1_000 + number * 100,
+                "sleeps": name in config.placement.colocate,
+            }
+        )
+        if lora is not None and role is Role.LEARNER:
+            engine = with_adapter(engine, lora.adapter, base_too=bool(shares))
         pools[name] = _pool(
             name,
-            engine.model_copy(
-                update={
-                    "model": str(_model(engine.model, base)),
-                    "base_seed": config.seed * 1_000 + number * 100,
-                    "sleeps": name in config.placement.colocate,
-                }
-            ),
+            engine,
             num_replicas=replicas,
             log_path=store.path / "engines.log",
             places=None if shared is None else shared.places.get(name),
@@ -311,7 +322,12 @@ async def _start_roles(
     for pool in pools.values():
         stack.push_async_callback(pool.shutdown)
     stack.push_async_callback(group.shutdown)
+    reward_group = _reward_group(config, source=source)
+    if reward_group is not None:
+        stack.push_async_callback(reward_group.shutdown)
     async with asyncio.TaskGroup() as tasks:
+        if reward_group is not None:
+            tasks.create_task(reward_group.start())
         if running is not None:
             tasks.create_task(group.reopen(config=config.learner.training, source=source))
         elif shared is None:
@@ -325,7 +341,7 @@ async def _start_roles(
     expert = SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=config.experts)
     return Roles(
         attacker=Attacker(
-            pools["attacker"],
+            pools["attacker"] if "attacker" in pools else OfBase(pools["rollouts"]),
             attack=load_attack(config.attack.kind, config.attack, domain=domain),
             attack_name=config.attack.kind,
             domain=domain,
@@ -335,14 +351,37 @@ async def _start_roles(
         ),
         rollout=Rollout(pools["rollouts"], config=config.rollouts.sampling, run=config.name, seed=config.seed),
         critic=Critic(
-            pools["critic"], rubric=StepMarks(domain), config=config.critic.judging, run=config.name, seed=config.seed
+            pools["critic"] if "critic" in pools else OfBase(pools["rollouts"]),
+            rubric=StepMarks(domain),
+            config=config.critic.judging,
+            run=config.name,
+            seed=config.seed,
         ),
         oversight=make_oversight(config.oversight, domain=domain, seed=config.seed),
         experts=ExpertDesk(queue, expert),
         learner_group=group,
         pools=pools,
         turns=turns,
+        reward_model=None if reward_group is None else _reward_model(config, reward_group, model=Path(source.path)),
     )
+
+
+def _reward_group(config: RunConfig, *, source: ModelSource) -> TrainingGroup | None:
+    """Return the ranks of the reward model, which begins with the learner's first weights; None where there is none."""
+    if config.reward.kind != "model":
+        return None
+    return TrainingGroup(name="reward_group", source=source, config=config.reward.training)
+
+
+def _reward_model(config: RunConfig, group: TrainingGroup, *, model: Path) -> RewardModel:
+    tokenizer = load_tokenizer(model)
+
+    def critique(item: Judged) -> tuple[int, ...] | None:
+        text = first_critique(item, run=config.name)
+        return None if text is None else encode_text(tokenizer, text)
+
+    read = partial(read_response, critique=critique if config.reward.critiques else None, longest=context_length(model))
+    return RewardModel(group, config=config.reward, read=read, run=config.name, seed=config.seed)
 
 
 def _follower(config: RunConfig, *, store: RunStore, roles: Roles) -> Follower:
@@ -386,15 +425,23 @@ def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverC
     stride = max(1, len(probe) // NUM_PROBE_SEQUENCES)
     return DriverConfig(
         loop=config.loop,
-        preferences=config.preferences,
+        # A reward model scores whole responses, so its pairs are whole.
+        preferences=(
+            config.preferences.model_copy(update={"cut_at_flaw": False})
+            if config.reward.kind == "model"
+            else config.preferences
+        ),
         evaluation=config.evaluation,
         evaluation_sets=sets,
         experts=ExpertBudget(fraction=config.oversight.budget),
         loss=config.loss.kind,
         loss_config=config.loss,
         batch_size=config.learner.training.batch_size,
+        selection=config.selection,
+        objectives=config.objectives,
         # At another temperature the engine's log-probs are of another distribution than the learner's.
         importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
+        reference_weights=config.learner.reference,
         tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
@@ -419,7 +466,8 @@ def summarise(
         for b, a in zip(before["sealed"], after["sealed"], strict=True)
         if b.well_formed and a.well_formed
     ]
-    weights = {name: [row.tokens_per_s.get(name, 0.0) for row in rows] for name in ("attacker", "rollouts", "critic")}
+    pools = [name for name in ("attacker", "rollouts", "critic") if any(name in row.tokens_per_s for row in rows)]
+    weights = {name: [row.tokens_per_s.get(name, 0.0) for row in rows] for name in pools}
     shown = {} if base is None else base.gold
     return Summary(
         run=config.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from cluster.config import Config
 from cluster.durable_files import write_bytes_atomic
+from trainers.mixed_feedback import PoweredMean
 from trainers.statistics import Agreement, PairedGain
 from trainers.training_data import Material
 
@@ -62,6 +63,52 @@ class AgreementMetrics(Config):
             num_good=found.num_good,
             num_bad=found.num_bad,
             num_unjudged=num_unjudged,
+        )
+
+
+class FeedbackMetrics(Config):
+    """What experts' labels of answers drawn at random say of the critic, and of all live answers (METHODS M-MIX)."""
+
+    checked: dict[str, Count]
+    """The critic's verdicts so far that they checked, by what it said ("pass", "fail"), and how many of them were wrong
+    ("pass wrong", "fail wrong")."""
+    error_rates: dict[str, Fraction]
+    """How often its verdicts are taken to be wrong in this iteration's pairs, by what they say; empty without a mix."""
+    failure_share: float | None
+    """Share of this iteration's distinct answers that experts would fail: the critic's verdicts on all of them, put
+    right by the experts' on the drawn ones (prediction-powered inference); None with fewer than two drawn."""
+    ci_low: float | None
+    """Lower end of its 95 % interval; None with `failure_share`."""
+    ci_high: float | None
+    """Upper end of its 95 % interval; None with `failure_share`."""
+    kappa: Fraction | None
+    """How far it relies on the critic, from 0 (experts alone) to 1; None with `failure_share`."""
+    num_drawn: Count
+    """Answers of this iteration that both judged; 0 with fewer than two."""
+    num_expert_pairs: Count | None
+    """Trained pairs with an expert's verdict on a side; None where the loss takes no pairs."""
+
+    @classmethod
+    def of(
+        cls,
+        found: PoweredMean | None,
+        *,
+        checked: Mapping[str, int],
+        rates: Mapping[str, float],
+        num_expert_pairs: int | None,
+    ) -> FeedbackMetrics | None:
+        """Return the row of an iteration; None when no answer was ever drawn."""
+        if not checked:
+            return None
+        return cls(
+            checked=dict(checked),
+            error_rates=dict(rates),
+            failure_share=None if found is None else found.value,
+            ci_low=None if found is None else found.ci_low,
+            ci_high=None if found is None else found.ci_high,
+            kappa=None if found is None else found.kappa,
+            num_drawn=0 if found is None else found.num_human,
+            num_expert_pairs=num_expert_pairs,
         )
 
 
@@ -122,6 +169,8 @@ class IterationMetrics(Config):
     """Largest |log-prob difference| in nats, learner against replicas, at this publication; None when none was made."""
     training: dict[str, float]
     """Means over this iteration's optimizer steps, by name: loss, KL, gradient norm and what else a loss reports."""
+    feedback: FeedbackMetrics | None = None
+    """What experts' labels of answers drawn at random say; None where none was drawn (oversight.calibration)."""
 
 
 class BeforeAfter(Config):

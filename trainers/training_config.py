@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.node_labels import checked_labels
+from trainers.lora import LoraConfig
+
+ReferenceWeights: TypeAlias = Literal["start_of_update", "bootstrap"]
+"""Which weights the reference's log-probs are of: those at the update's start, or the first that the group had."""
 
 
 class TrainingConfig(Config):
@@ -26,8 +30,16 @@ class TrainingConfig(Config):
     """Greatest number of tokens, padding included, in one forward pass of one rank; a longer row goes alone."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest; zero_stage 0."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: optimizer state, and under zero_stage 3 the weights too, lie in the host's memory and are trained there."""
+    shared_prompts: bool = False
+    """Compute the prompt of a preference pair once for both responses; the model must take masks of ours (checked)."""
+    gradient_checkpointing: bool = False
+    """Keep of each block only its input, and compute the rest again for the backward pass: less memory, more time."""
     value_head: bool = False
     """The policy learns also what its responses will score, with a head on its last hidden state; for ppo and relc."""
+    lora: LoraConfig | None = None
+    """Train an adapter in the place of the weights; without this section all of them are trained."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Greatest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -74,6 +86,12 @@ class TrainingConfig(Config):
             raise ValueError('dtype: got "bf16" with zero_stage = 0, which keeps no fp32 weights; set zero_stage = 1')
         if self.optimizer == "muon" and self.zero_stage != 0:
             raise ValueError(f'optimizer: got "muon" with zero_stage = {self.zero_stage}, wanted 0; or use "adamw"')
+        if self.optimizer == "muon" and self.lora is not None:
+            raise ValueError('optimizer: got "muon" with lora, wanted "adamw": it is for whole matrices')
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError(
+                'offload: got "cpu" with zero_stage = 0, wanted 1, 2 or 3: what the ranks split is what they put aside'
+            )
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(f'total_steps: got nothing with schedule = "{self.schedule}", wanted the number of steps')
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:

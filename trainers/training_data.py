@@ -2,18 +2,24 @@
 
     a loss of …                       takes
     pairs, unpaired responses         the preference pairs (trainers.preferences)
-    scored samples (policy gradient)  every judged response with its verdict's score, copies too: they are the policy's
-    tokens (sft, …)                   the responses that pass, each text once per query: rejection-sampling fine-tuning
+    scored samples (policy gradient)  every response with a score, its verdict's or a reward model's, copies too: they
+                                      are the policy's
+    groups                            each query with its judged responses, each text once, and their verdicts' scores
+    tokens (sft, …), labels           the responses that pass, each text once per query: rejection-sampling fine-tuning;
+                                      a loss of labels takes their tokens for the labels of a weak or noisy labeller
 
 A loss that reads spans is also told where in a response the critiques found fault.
 
 What gives no row is dropped and counted (SCIENCE §3), by reason: `stale` and `unjudged` as for pairs; of tokens also
-`rejected` and `duplicate`. Knows no DeepSpeed and no torch: a rank makes tensors of the table (trainers.batches).
+`rejected` and `duplicate`; of groups `duplicate` responses, and queries that are left with one response (`lone`) or
+whose scores are all equal, where that teaches nothing (`equal_scores`). Knows no DeepSpeed and no torch: a rank makes
+tensors of the table (trainers.batches, group_rows, label_rows).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -23,11 +29,11 @@ import pyarrow as pa
 from actors.oversight import Judged
 from actors.records import PreferencePair, Response, Verdict, to_table
 from actors.rubrics import PASS
-from trainers.losses import PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
+from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
 from trainers.policy_gradient import PolicyLoss
 from trainers.preferences import Pairs, age_of
 
-Material: TypeAlias = Literal["pairs", "samples", "accepted"]
+Material: TypeAlias = Literal["pairs", "samples", "groups", "accepted"]
 TokensSpanning: TypeAlias = Callable[[Sequence[int], int], int]
 """How many of the token ids it takes to spell so many characters."""
 
@@ -58,7 +64,18 @@ def material_of(loss: str) -> Material | None:
         return "pairs"
     if isinstance(module, PolicyLoss):
         return "samples"
-    return "accepted" if module.batch is TokenBatch else None
+    if module.batch is GroupBatch:
+        return "groups"
+    return "accepted" if module.batch in (TokenBatch, LabelBatch) else None
+
+
+def learns_from_equals(loss: str) -> bool:
+    """Return whether equal scores teach a loss of groups anything.
+
+    One with a reference is told to stay as near to it for every response; one without would make one of them likelier,
+    and none is better.
+    """
+    return load_loss(loss).uses_reference
 
 
 def reads_spans(loss: str) -> bool:
@@ -83,9 +100,15 @@ def of_pairs(pairs: Pairs, place: Callable[[PreferencePair], str]) -> TrainingDa
 
 
 def of_samples(
-    judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int, spans: TokensSpanning | None
+    judged: Sequence[Judged],
+    verdicts: Sequence[Verdict],
+    *,
+    version: int,
+    max_age: int,
+    spans: TokensSpanning | None,
+    scores: Mapping[str, float] | None = None,
 ) -> TrainingData:
-    """Return every response that has a verdict, with its score, its group (the query) and its log-probs as sampled.
+    """Return every response that has a score, with that, its group (the query) and its log-probs as sampled.
 
     Args:
         judged: all responses, in the order in which they were sampled.
@@ -93,14 +116,19 @@ def of_samples(
         version: of the weights that are to be trained.
         max_age: greatest number of versions that a response's weights may be behind.
         spans: reward also the tokens at which critiques found fault; how many tokens it takes to spell some characters.
+        scores: by response id, in the place of the verdicts'; None: a response's score is its verdict's.
     """
-    chosen, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
+    if scores is None:
+        judged_ones, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
+        chosen = [(item, verdict.score) for item, verdict in judged_ones]
+    else:
+        chosen, dropped = _scored(judged, scores, version=version, max_age=max_age)
     responses = [item.response for item, _ in chosen]
     columns = {
         **_tokens(responses),
         "response_logprobs": pa.array([list(row.logprobs) for row in responses], pa.list_(pa.float64())),
         "query_id": pa.array([row.query_id for row in responses], pa.string()),
-        "score": pa.array([verdict.score for _, verdict in chosen], pa.float64()),
+        "score": pa.array([score for _, score in chosen], pa.float64()),
         "finish_reason": pa.array([row.finish_reason for row in responses], pa.string()),
         "age": pa.array([age_of(row, version=version) for row in responses], pa.int64()),
     }
@@ -108,6 +136,59 @@ def of_samples(
         rewards = [_segment_rewards(item, spans) for item, _ in chosen]
         columns["segment_rewards"] = pa.array(rewards, pa.list_(pa.float64()))
     return _data(pa.table(columns), [item for item, _ in chosen], dropped)
+
+
+def of_groups(
+    judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int, equals: bool
+) -> TrainingData:
+    """Return each query with its judged responses, as `trainers.group_rows` reads them.
+
+    Responses that differ in white space alone are one. Its reward is the mean score of their verdicts, of experts'
+    alone where there are any; its tokens are those of the first.
+
+    Args:
+        judged: all responses, in the order in which they were sampled.
+        verdicts: of some of them.
+        version: of the weights that are to be trained.
+        max_age: greatest number of versions that a response's weights may be behind.
+        equals: keep also the queries whose responses all have one reward.
+    """
+    chosen, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
+    queries: defaultdict[str, dict[str, list[tuple[Judged, Verdict]]]] = defaultdict(dict)
+    for item, verdict in chosen:
+        texts = queries[item.query.query_id]
+        texts.setdefault(" ".join(item.response.text.split()), []).append((item, verdict))
+    groups: list[list[Judged]] = []
+    rewards: list[list[float]] = []
+    for texts in queries.values():
+        scores = [_reward([verdict for _, verdict in copies]) for copies in texts.values()]
+        dropped["duplicate"] += sum(len(copies) - 1 for copies in texts.values())
+        if len(texts) < 2:
+            dropped["lone"] += 1
+        elif len(set(scores)) == 1 and not equals:
+            dropped["equal_scores"] += 1
+        else:
+            groups.append([copies[0][0] for copies in texts.values()])
+            rewards.append(scores)
+    ids = pa.list_(pa.int64())
+    responses = [[item.response for item in group] for group in groups]
+    columns = {
+        "row_id": pa.array([group[0].query.query_id for group in groups], pa.string()),
+        "prompt_token_ids": pa.array([list(group[0].prompt_token_ids) for group in responses], ids),
+        "responses_token_ids": pa.array([[list(row.token_ids) for row in group] for group in responses], pa.list_(ids)),
+        "rewards": pa.array(rewards, pa.list_(pa.float64())),
+        "responses_logprobs": pa.array(
+            [[list(row.logprobs) for row in group] for group in responses], pa.list_(pa.list_(pa.float64()))
+        ),
+        "age": pa.array([max(age_of(row, version=version) for row in group) for group in responses], pa.int64()),
+    }
+    return TrainingData(
+        table=pa.table(columns),
+        row_ids=tuple(group[0].query.query_id for group in groups),
+        places=tuple(str(group[0].query.sample_index) for group in groups),
+        response_ids=tuple(row.response_id for group in responses for row in group),
+        dropped={reason: num for reason, num in dropped.items() if num},
+    )
 
 
 def of_accepted(
@@ -137,6 +218,14 @@ def of_accepted(
     if spans is not None:
         columns["flagged"] = pa.array([flags for _, flags in kept.values()], pa.list_(pa.bool_()))
     return _data(pa.table(columns), items, dropped)
+
+
+def _reward(verdicts: Sequence[Verdict]) -> float:
+    """Return the mean score of one text's verdicts: of experts', where they were asked about it."""
+    asked = [verdict for verdict in verdicts if verdict.source == "expert"]
+    scores = [verdict.score for verdict in asked or verdicts]
+    assert all(score is not None for score in scores), "a verdict with a label has a score"
+    return math.fsum(score for score in scores if score is not None) / len(scores)
 
 
 def _segment_rewards(item: Judged, spans: TokensSpanning) -> list[float]:
@@ -174,6 +263,23 @@ def _fresh(
             dropped["unjudged"] += 1
         else:
             chosen.append((item, verdict))
+    return chosen, dropped
+
+
+def _scored(
+    judged: Sequence[Judged], scores: Mapping[str, float], *, version: int, max_age: int
+) -> tuple[list[tuple[Judged, float | None]], Counter[str]]:
+    """Return the responses that have a score and are young enough, and how many are not; a verdict they need not."""
+    dropped: Counter[str] = Counter()
+    chosen: list[tuple[Judged, float | None]] = []
+    for item in judged:
+        score = scores.get(item.response.response_id)
+        if age_of(item.response, version=version) > max_age:
+            dropped["stale"] += 1
+        elif score is None:
+            dropped["unjudged"] += 1
+        else:
+            chosen.append((item, score))
     return chosen, dropped
 
 

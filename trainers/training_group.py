@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -32,18 +32,14 @@ from cluster.weight_transfer import Backend
 from cluster.weights import WeightAnswer, WeightManifest, Weights
 from trainers.batches import PlannedStep, Slot, TrainingPlan
 from trainers.checkpoint_files import CorruptCheckpoint
-from trainers.deepspeed_worker import (
-    DeepSpeedRank,
-    ModelSource,
-    RankInfo,
-    Rendezvous,
-    StepReport,
-    TableRef,
-    TrainingDiverged,
-)
+from trainers.deepspeed_worker import DeepSpeedRank, RankInfo, StepReport, TableRef, TrainingDiverged
 from trainers.importance import ImportanceConfig
+from trainers.kl import KlBudget
+from trainers.kl_probe import KlReached, exceeded
 from trainers.losses import load_loss
-from trainers.training_config import TrainingConfig, learning_rate
+from trainers.model_source import ModelSource
+from trainers.rendezvous import Rendezvous
+from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 
 __all__ = [
     "CorruptCheckpoint",
@@ -89,6 +85,14 @@ class UpdateReport:
     """`importance_mean` (mean factor of the losses), `stale_share` (of the pairs), and the mean |difference| per token
     in nats between this group's log-probs and the rollout engine's, of pairs sampled by the weights that the update
     begins from (`rollout_gap`) and of older ones' (`rollout_gap_stale`)."""
+    kl: KlReached | None = None
+    """How far the update has moved the weights; None where nobody asked."""
+    stopped_by: Literal["update", "run"] | None = None
+    """Which KL budget was spent before the plan's end; None: neither."""
+    num_left_out: int = 0
+    """Steps of the plan that were not made for it."""
+    num_ranks: int = 1
+    """Of the group."""
 
     @property
     def num_skipped(self) -> int:
@@ -107,6 +111,15 @@ class UpdateReport:
         return sum(step.num_tokens for step in self.steps) / max(padded, 1)
 
     @property
+    def rank_balance(self) -> float:
+        """Return the greatest number of real tokens that a rank had in a step, over the ranks' mean; over all steps.
+
+        1: no rank waits for another; at N ranks, N: one of them does all the work.
+        """
+        most = sum(step.most_tokens for step in self.steps)
+        return most * self.num_ranks / max(sum(step.num_tokens for step in self.steps), 1)
+
+    @property
     def means(self) -> dict[str, float]:
         """Return loss, gradient norm and the loss's metrics as means over the applied steps, and the update's speed."""
         rows = [
@@ -116,12 +129,16 @@ class UpdateReport:
         ]
         names = rows[0] if rows else {}
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+        moved = {} if self.kl is None else {"kl_from_update_start": self.kl.update, "kl_from_run_start": self.kl.run}
         return means | {
             **self.staleness,
+            **moved,
+            **({} if self.stopped_by is None else {"num_left_out": float(self.num_left_out)}),
             "num_steps": float(len(self.steps)),
             "num_skipped": float(self.num_skipped),
             "tokens_per_s": self.tokens_per_s,
             "padding_efficiency": self.padding_efficiency,
+            "rank_balance": self.rank_balance,
         }
 
 
@@ -268,17 +285,23 @@ class TrainingGroup:
         loss_config: Config,
         plan: TrainingPlan,
         importance: ImportanceConfig | None = None,
+        reference_weights: ReferenceWeights = "start_of_update",
+        kl_budget: KlBudget | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Train on the rows of a table as planned; each rank reads the table from the object store.
 
         Args:
-            table: `PreferencePair` rows for a pair loss; `prompt_token_ids` and `response_token_ids` for a token loss;
-                scored responses for a policy-gradient loss (`trainers.batches.sample_rows`).
+            table: `PreferencePair` rows for a loss of pairs or scores; `prompt_token_ids` and `response_token_ids` for
+                a token loss; scored responses for a policy-gradient loss (`trainers.batches.sample_rows`); groups of
+                them for a loss of groups (`trainers.group_rows`); for a loss of labels what a token loss takes.
             loss: a file of trainers/losses.
             loss_config: that loss's settings.
             plan: which rows make which step.
             importance: how pairs of older weights' samples are corrected for; None: not at all, and no gap is measured.
+            reference_weights: whose log-probs the reference's are: the weights at the update's start, or "bootstrap":
+                those that the group was opened with.
+            kl_budget: how far the weights may go before the update's other steps are left out; None: as far as they do.
             on_step: called after each step, for progress.
 
         Raises:
@@ -293,19 +316,30 @@ class TrainingGroup:
         said = await self._call(
             "begin_update",
             lambda rank: rank.begin_update.remote(
-                ref, plan=plan, loss=loss, loss_config=settings, importance=importance
+                ref,
+                plan=plan,
+                loss=loss,
+                loss_config=settings,
+                importance=importance,
+                reference_weights=reference_weights,
+                kl_budget=kl_budget,
             ),
             deadline_s=self.config.call_deadline_s,
         )
         reference_s = time.monotonic() - begin
         reports = await self._steps(len(plan.steps), on_step=on_step)
         slots = tuple(slot for report in reports if report.applied for slot in plan.slots(report.step))
+        kl = _last_kl(reports, said[0])
         return UpdateReport(
             slots=slots,
             steps=tuple(reports),
             wall_s=time.monotonic() - begin,
             reference_s=reference_s,
             staleness=said[0],
+            kl=kl,
+            stopped_by=exceeded(kl, kl_budget) if len(reports) < len(plan.steps) and kl and kl_budget else None,
+            num_left_out=len(plan.steps) - len(reports),
+            num_ranks=self.config.num_ranks,
         )
 
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
@@ -319,6 +353,20 @@ class TrainingGroup:
             "logprobs", lambda rank: rank.logprobs.remote(plain), deadline_s=self.config.call_deadline_s
         )
         found = {row: values for part in parts for row, values in part.items()}
+        return tuple(found[row] for row in range(len(plain)))
+
+    async def scores(self, sequences: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """Return a reward model's score of each sequence, read at its last token, without dropout.
+
+        Raises:
+            ValueError: the group has no value head; or a sequence is shorter than two tokens or longer than the model
+                takes.
+        """
+        plain = tuple(tuple(sequence) for sequence in sequences)
+        parts = await self._call(
+            "scores", lambda rank: rank.scores.remote(plain), deadline_s=self.config.call_deadline_s
+        )
+        found = {row: score for part in parts for row, score in part.items()}
         return tuple(found[row] for row in range(len(plain)))
 
     async def publish(self, *, version: str) -> WeightManifest:
@@ -414,18 +462,23 @@ class TrainingGroup:
         )
 
     async def _steps(self, num_steps: int, *, on_step: Callable[[StepReport], None] | None) -> list[StepReport]:
-        """Run all steps, the next ones asked for before the last have answered; the deadline is that of each call."""
+        """Run all steps, the next ones asked for before the last have answered; the deadline is that of each call.
+
+        Ranks that answer with fewer than were asked for have ended the update, and make no step that is asked for yet.
+        """
         reports: list[StepReport] = []
         async with self._lock:
-            asked: deque[list[ray.ObjectRef[list[StepReport]]]] = deque()
-            next_step = 0
+            asked: deque[tuple[int, list[ray.ObjectRef[list[StepReport]]]]] = deque()
+            next_step, ended = 0, False
             try:
-                while len(reports) < num_steps:
-                    while len(asked) < STRETCHES_IN_FLIGHT and next_step < num_steps:
+                while asked or (len(reports) < num_steps and not ended):
+                    while len(asked) < STRETCHES_IN_FLIGHT and next_step < num_steps and not ended:
                         count = min(_stretch(reports), num_steps - next_step)
-                        asked.append([rank.steps.remote(next_step, count) for rank in self._ranks])
+                        asked.append((count, [rank.steps.remote(next_step, count) for rank in self._ranks]))
                         next_step += count
-                    answers = await self._on_all("step", asked.popleft(), deadline_s=self.config.step_deadline_s)
+                    count, refs = asked.popleft()
+                    answers = await self._on_all("step", refs, deadline_s=self.config.step_deadline_s)
+                    ended = len(answers[0]) < count
                     for report in answers[0]:
                         reports.append(report)
                         if on_step is not None:
@@ -487,6 +540,14 @@ def rank_bundle(config: TrainingConfig) -> dict[str, float]:
     """Return what one rank reserves."""
     bundle = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
     return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+
+
+def _last_kl(reports: Sequence[StepReport], said: Mapping[str, float]) -> KlReached | None:
+    """Return what was last measured: after a step, or before the first one; None without a budget."""
+    found = [report.kl for report in reports if report.kl is not None]
+    if found:
+        return found[-1]
+    return KlReached(update=0.0, run=said["kl_at_start"]) if "kl_at_start" in said else None
 
 
 def _stretch(reports: Sequence[StepReport]) -> int:

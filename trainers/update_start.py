@@ -5,8 +5,9 @@ All of it hangs on the weights as they are then, or on nothing; no collectives, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +18,31 @@ from torch import Tensor
 from cluster.config import Config
 from trainers.advantages import informative
 from trainers.batches import Floats, Ids, PairRows, Rows, SampleRows, TrainingPlan, pair_rows, token_rows
+from trainers.group_rows import GroupRows, group_rows
 from trainers.importance import ImportanceConfig, correction
-from trainers.losses import Loss, PairBatch, TokenBatch, UnpairedBatch
+from trainers.kl import controlled
+from trainers.label_rows import label_rows
+from trainers.losses import GroupBatch, LabelBatch, Loss, PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
 from trainers.policy_gradient import PolicyConfig, PolicyLoss
+
+ComparedRows: TypeAlias = PairRows | GroupRows
+"""Rows of several responses to a prompt: of pairs two, chosen and rejected, of groups up to K."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the weights at an update's start say of each pair's two responses."""
+    """What the weights at an update's start say of each row's responses, K of them at most."""
 
     sums: Tensor
-    """[rows, 2] fp32: log-probs (nats) of chosen and rejected, summed over their tokens."""
+    """[rows, K] fp32: log-probs (nats), summed over a response's tokens; of a pair chosen and rejected."""
     gaps: Tensor
-    """[rows, 2] fp32: sums over their tokens of |log-prob - that of the rollout engine|; 0 where it is not known."""
+    """[rows, K] fp32: sums over its tokens of |log-prob - that of the rollout engine|; 0 where it is not known."""
 
     @classmethod
-    def nothing(cls, num_rows: int) -> Reference:
+    def nothing(cls, rows: ComparedRows) -> Reference:
         """Return zeros."""
-        return cls(sums=torch.zeros(num_rows, 2), gaps=torch.zeros(num_rows, 2))
+        shape = len(rows.lengths), rows.num_responses
+        return cls(sums=torch.zeros(shape), gaps=torch.zeros(shape))
 
 
 def rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
@@ -43,14 +51,15 @@ def rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
     Raises:
         ValueError: it takes what no table holds.
     """
-    if loss.batch in (PairBatch, UnpairedBatch):
+    if loss.batch in (PairBatch, UnpairedBatch, ScoreBatch):
         return pair_rows(table)
     if loss.batch is TokenBatch:
         return token_rows(table)
-    raise ValueError(
-        f'update: got loss "{name}", which takes a {loss.batch.__name__}, wanted one that takes a PairBatch, '
-        "an UnpairedBatch or a TokenBatch: a table holds no others"
-    )
+    if loss.batch is GroupBatch:
+        return group_rows(table)
+    if loss.batch is LabelBatch:
+        return label_rows(table)
+    raise ValueError(f'update: got loss "{name}", which takes a {loss.batch.__name__}: a table holds no such rows')
 
 
 def refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:
@@ -66,16 +75,20 @@ def refuse_other_rows(table: pa.Table, plan: TrainingPlan) -> None:
             raise ValueError(f"update: column {name!r} differs from the plan's row ids; plan in the table's order")
 
 
-def corrected(rows: PairRows, reference: Reference, config: ImportanceConfig) -> tuple[PairRows, dict[str, float]]:
+def corrected(
+    rows: ComparedRows, reference: Reference, config: ImportanceConfig
+) -> tuple[ComparedRows, dict[str, float]]:
     """Return the rows with the factors of their losses, and what is worth knowing of how they came about."""
     assert rows.rollout_logprobs is not None, "without them there is nothing to compare"
-    sampled = np.array([[chosen.sum(), rejected.sum()] for chosen, rejected in rows.rollout_logprobs])
+    sampled = np.zeros(reference.sums.shape)
+    for sums, responses in zip(sampled, rows.rollout_logprobs, strict=True):
+        sums[: len(responses)] = [logprobs.sum() for logprobs in responses]
     stale = rows.ages > 0
     log_ratios = (reference.sums.double().numpy() - sampled).sum(axis=1)
     factors = correction(log_ratios, stale=stale, config=config)
     gaps = reference.gaps.double().numpy().sum(axis=1)
-    num_tokens = rows.chosen_lengths + rows.rejected_lengths
-    said = {"importance_mean": float(factors.mean()), **_staleness(gaps, num_tokens=num_tokens, stale=stale)}
+    told = _staleness(gaps, num_tokens=rows.num_response_tokens, stale=stale)
+    said = {"importance_mean": float(factors.mean()), **told}
     return replace(rows, correction=factors), said
 
 
@@ -123,6 +136,28 @@ def estimated(
     return rows.with_signals(samples, found), said
 
 
+def at_price(config: Config, coefficient: float | None) -> Config:
+    """Return the settings with the KL's price that the controller has come to; as they are where it has not."""
+    if coefficient is None or not isinstance(config, PolicyConfig) or not config.kl_control.adaptive:
+        return config
+    return config.model_copy(update={"kl_coefficient": coefficient})
+
+
+def next_price(config: Config, said: Mapping[str, float], *, num_samples: int) -> tuple[float | None, dict[str, float]]:
+    """Return the KL's price of the next update, and this one's as a figure; None and nothing where it is fixed.
+
+    Args:
+        config: this update's settings.
+        said: of this update's samples (`estimated`).
+        num_samples: of this update.
+    """
+    if not isinstance(config, PolicyConfig) or not config.kl_control.adaptive:
+        return None, {}
+    price: float = config.model_dump()["kl_coefficient"]
+    kl = said["reference_kl_per_response"]
+    return controlled(price, kl=kl, num_samples=num_samples, control=config.kl_control), {"kl_coefficient": price}
+
+
 def temperature_of(config: Config) -> float:
     """Return that at which log-probs are taken: the sampling's, where the loss learns from samples."""
     return config.temperature if isinstance(config, PolicyConfig) else 1.0
@@ -133,7 +168,9 @@ def each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, .
     left = set(range(num_rows))
     for planned in plan.steps:
         if planned.epoch == 0:
-            yield planned.rows
-            left -= set(planned.rows)
+            # A plan may have a row in several steps (trainers.mixed_plan).
+            if fresh := tuple(row for row in planned.rows if row in left):
+                yield fresh
+            left -= set(fresh)
     if left:
         yield tuple(sorted(left))

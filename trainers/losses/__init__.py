@@ -299,7 +299,8 @@ class LabelBatch:
     logits: Tensor
     """(B, C)"""
     labels: Tensor
-    """(B, C) the labeller's probabilities; one-hot for hard labels."""
+    """(B, C) the labeller's probabilities; or (B,) int64, the classes of hard labels: of tokens, whose classes are the
+    vocabulary, a second (B, C) would be as large as the logits."""
     weights: Tensor | None = None
     """(B,) or None: every item weighs 1."""
     progress: float = 1.0
@@ -307,11 +308,31 @@ class LabelBatch:
     global_weight: float | None = None
     """Sum of the weights over the global batch."""
     step_figures: Tensor | None = None
-    """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
+    """(N, F): what the loss's `first_pass` gave for all items of the step; None: this batch is the step."""
 
     def live_weights(self) -> Tensor:
         """Return (B,) weights."""
         return self.logits.new_ones(len(self.logits)) if self.weights is None else self.weights
+
+    def expected(self, values: Tensor) -> Tensor:
+        """Return (B,) the labeller's mean of (B, C) values of the classes: sum_c labels_c * values_c.
+
+        A class without probability has no part in it, were its value infinite.
+        """
+        import torch
+
+        if self.labels.ndim == 1:
+            return values.gather(1, self.labels[:, None])[:, 0]
+        return torch.where(self.labels > 0, self.labels * values, 0.0).sum(dim=1)
+
+    def classes(self) -> Tensor:
+        """Return (B,) int64, the likeliest class by the labeller."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(dim=1)
+
+    def probability(self, label: int) -> Tensor:
+        """Return (B,) the labeller's probability of a class."""
+        hard = self.labels.ndim == 1
+        return (self.labels == label).to(self.logits.dtype) if hard else self.labels[:, label]
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the share of the weighted mean over items."""

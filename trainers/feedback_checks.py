@@ -1,0 +1,107 @@
+"""Owns what is wrong with a run's settings of mixed and noisy feedback, one line for each problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actors.oversight import OversightConfig
+from cluster.config import Config, plugin_names
+from trainers.losses import PairBatch, load_loss
+from trainers.losses.modpo import Config as ModpoConfig
+from trainers.mixed_feedback import MixConfig
+from trainers.objectives import ObjectivesConfig
+from trainers.selection import SelectionConfig
+from trainers.training_data import material_of
+
+DRAWS = ("escalation", "shuffled")
+"""Kinds of oversight that put answers drawn at random before experts."""
+
+
+def oversight_problems(oversight: OversightConfig) -> Iterator[str]:
+    """Yield where answers are to be drawn by an oversight that draws none."""
+    if oversight.calibration and oversight.kind not in DRAWS:
+        yield (
+            f'oversight.calibration: got {oversight.calibration:g} with oversight.kind = "{oversight.kind}", wanted 0: '
+            f"only {' and '.join(DRAWS)} draw answers for it"
+        )
+
+
+def mix_problems(mix: MixConfig, *, loss: str, oversight: OversightConfig, batch_size: int) -> Iterator[str]:
+    """Yield where pairs can't be weighed as asked."""
+    if material_of(loss) != "pairs":
+        yield f'preferences.mix: got it with loss.kind = "{loss}", wanted a loss of pairs, such as cdpo'
+        return
+    if mix.noise == "estimated" and not _reads_noise(loss):
+        able = ", ".join(name for name in plugin_names("trainers.losses") if _reads_noise(name))
+        yield (
+            f'preferences.mix.noise: got "estimated" with loss.kind = "{loss}", wanted "none", or one of {able}, which '
+            "read it"
+        )
+    if mix.noise == "estimated" and not oversight.calibration:
+        yield (
+            'preferences.mix.noise: got "estimated" with oversight.calibration = 0, wanted that above 0, or "none": '
+            "without answers drawn at random nothing tells how often the critic errs"
+        )
+    if mix.noise == "estimated" and oversight.kind == "shuffled":
+        yield (
+            'preferences.mix.noise: got "estimated" with oversight.kind = "shuffled", wanted "none": permuted labels '
+            "say nothing of how often the critic errs"
+        )
+    if mix.expert_share and batch_size < 2:
+        yield (
+            f"preferences.mix.expert_share: got {mix.expert_share:g} with learner.training.batch_size = {batch_size}, "
+            "wanted a batch of 2 or more: a step of one pair has no share to keep"
+        )
+
+
+def _reads_noise(loss: str) -> bool:
+    module = load_loss(loss)
+    return module.batch is PairBatch and "noise" in module.Config.model_fields
+
+
+def selection_problems(selection: SelectionConfig, *, loss: str, num_critiques: int) -> Iterator[str]:
+    """Yield where labels can't be left out as asked."""
+    if selection.min_agreement and num_critiques < 2:
+        yield (
+            f"selection.min_agreement: got {selection.min_agreement:g} with critic.judging.num_critiques = "
+            f"{num_critiques}, wanted 2 or more of them: one always agrees with itself"
+        )
+    if selection.drop and material_of(loss) not in ("pairs", "accepted"):
+        yield (
+            f'selection.drop: got {selection.drop:g} with loss.kind = "{loss}", wanted 0, or a loss of pairs or of '
+            "tokens: samples are compared within their group, which must be whole"
+        )
+
+
+def objectives_problems(
+    objectives: ObjectivesConfig | None, *, loss: str, loss_config: Config, oversight: OversightConfig
+) -> Iterator[str]:
+    """Yield where a loss does not go with the objectives, or lacks them."""
+    if objectives is None:
+        if loss == "modpo":
+            yield (
+                'loss.kind: got "modpo" without objectives, wanted a section [objectives] with one for each of '
+                "loss.weights: it trades the pairs' own against others"
+            )
+        return
+    if "steps" in objectives.names and oversight.kind == "shuffled":
+        yield (
+            'objectives.names: got "steps" with oversight.kind = "shuffled", wanted others: it reads the critiques as '
+            "they are, so that the control would learn what its permuted verdicts hide"
+        )
+    if isinstance(loss_config, ModpoConfig):
+        if objectives.names[0] != "verdict":
+            yield (
+                f'objectives.names: got "{objectives.names[0]}" first with loss.kind = "modpo", wanted "verdict": its '
+                "pairs are preferences by that"
+            )
+        if objectives.weights != loss_config.weights:
+            yield (
+                f"loss.weights: got {list(loss_config.weights)}, wanted those of objectives.weights, "
+                f"{list(objectives.weights)}"
+            )
+    elif material_of(loss) != "samples":
+        yield (
+            f'objectives: got the section with loss.kind = "{loss}", wanted modpo or a loss that learns from scores, '
+            "such as grpo: others know of one objective alone"
+        )

@@ -1,0 +1,120 @@
+"""Owns pairs in one row each: prompt + chosen + rejected, so that a prompt is computed once and not twice.
+
+    chosen    p p p c c      positions 0 1 2 3 4
+    rejected  p p p r        positions 0 1 2 3
+    joined    p p p c c r    positions 0 1 2 3 4 3;  r sees p and itself, not c
+
+The model is told positions and who sees whom, so it must take both: `check` compares. Shapes: B pairs, T positions of a
+sequence, W of a joined row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainers.batches import Padded, Pass
+from trainers.logprobs import token_logprobs
+
+Model = Callable[..., Any]
+"""What gives logits, as a Hugging Face model does."""
+
+MAX_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Nats by which a token's log-prob may differ between the two ways: rounding; a mask that is not heeded gives far more
+with any but constant weights."""
+
+
+class Joined(NamedTuple):
+    """Pairs as the model takes them."""
+
+    token_ids: Tensor
+    """[B, W] int64"""
+    positions: Tensor
+    """[B, W] int64"""
+    seen: Tensor
+    """[B, 1, W, W] bool: whether a token (third axis) sees another (fourth)."""
+    predictors: Tensor
+    """[B, W] int64: where the prediction of each token stands."""
+    places: Tensor
+    """[2B, T] int64: where each of a sequence's targets stands in its pair's row."""
+
+    @property
+    def computed(self) -> tuple[Pass, ...]:
+        """Return the forward pass that it takes."""
+        return (Pass(sequences=torch.arange(len(self.token_ids)), length=self.token_ids.shape[1]),)
+
+
+def joined(padded: Padded) -> Joined:
+    """Return [2B, T] sequences, chosen block then rejected block, as B rows; each has a prompt and a response."""
+    ids, mask = padded.token_ids, padded.mask
+    num = len(ids) // 2
+    prompt = mask.int().argmax(dim=1)[:num]
+    lengths = mask.sum(dim=1)
+    chosen, rejected = lengths[:num], lengths[num:]
+    at = torch.arange(int((prompt + chosen + rejected).max()))[None].expand(num, -1)
+    first, second, end = (bound[:, None] for bound in (prompt, prompt + chosen, prompt + chosen + rejected))
+    # 0 the prompt, 1 the chosen, 2 the rejected, 3 padding.
+    side = (at >= first).long() + (at >= second) + (at >= end)
+    positions = torch.where(side < 2, at, at - chosen[:, None])
+    both = torch.stack([ids[:num], ids[num:]])
+    from_rejected = (side == 2).long()
+    row = torch.arange(num)[:, None].expand_as(at)
+    inside = positions.clamp(max=ids.shape[1] - 1)
+    seen = (positions[:, :, None] >= positions[:, None]) & ((side[:, None] == 0) | (side[:, :, None] == side[:, None]))
+    steps = torch.arange(ids.shape[1])[None]
+    back = torch.cat([steps.expand(num, -1), steps + chosen[:, None]])
+    return Joined(
+        token_ids=torch.where(side < 3, both[from_rejected, row, inside], 0),
+        positions=inside,
+        seen=seen[:, None],
+        predictors=torch.where(at == second, first - 1, at - 1).clamp(min=0),
+        places=back.clamp(max=at.shape[1] - 1),
+    )
+
+
+def logprobs(model: Model, padded: Padded, pairs: Joined, *, temperature: float, device: torch.device) -> Tensor:
+    """Return [2B, T] log-probs of the responses' tokens, 0 elsewhere, as of sequences computed by themselves."""
+    ids, predictors = pairs.token_ids.to(device), pairs.predictors.to(device)
+    logits = model(
+        input_ids=ids,
+        position_ids=pairs.positions.to(device),
+        attention_mask=pairs.seen.to(device),
+        use_cache=False,
+    ).logits
+    ordered = logits.gather(1, predictors[:, :, None].expand_as(logits))
+    # `token_logprobs` looks for a token's prediction one place before it.
+    shifted = torch.cat([ordered[:, 1:], ordered[:, :1]], dim=1)
+    found = token_logprobs(shifted, ids, temperature=temperature)
+    back = found.repeat(2, 1).gather(1, pairs.places.to(device))
+    return torch.where(padded.mask.to(device), back, 0.0)
+
+
+def check(model: Any, *, name: str, device: torch.device) -> None:
+    """Compare both ways on a pair of made-up tokens.
+
+    Raises:
+        ValueError: the model gives a response that shares its prompt another probability.
+    """
+    num_tokens = model.get_input_embeddings().weight.shape[0]
+    prompt, chosen, rejected = (
+        [(7 * i + 3) % num_tokens for i in part] for part in (range(5), range(5, 9), range(9, 12))
+    )
+    ids = torch.tensor([prompt + chosen, [*prompt, *rejected, 0]])
+    shown = torch.tensor([[False] * 5 + [True] * 4, [False] * 5 + [True] * 3 + [False]])
+    padded = Padded(token_ids=ids, mask=shown, num_real_tokens=17, passes=())
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone = token_logprobs(model(input_ids=ids.to(device), use_cache=False).logits, ids.to(device))
+        together = logprobs(model, padded, joined(padded), temperature=1.0, device=device)
+    model.train(training)
+    gap = float((alone - together)[shown.to(device)].abs().max())
+    most = MAX_GAP.get(next(model.parameters()).dtype, MAX_GAP[torch.float32])
+    if not gap <= most:
+        raise ValueError(
+            f"shared_prompts: got true with {name}, which gives responses that share a prompt other log-probs, by "
+            f"{gap:.3g} nats, wanted at most {most:g}: it does not take positions or masks of ours; set it to false"
+        )
