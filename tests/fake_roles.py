@@ -323,6 +323,8 @@ class FakeLearnerGroup:
         self.plans: list[TrainingPlan] = []
         self.published: dict[str, Weights] = {}
         self._num_steps = 0
+        self.may_learn: asyncio.Event | None = None
+        """What an update waits for; None: for nothing."""
         self._reach = reach
         self._loads = loads
         self._step_s = step_s
@@ -340,6 +342,8 @@ class FakeLearnerGroup:
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Apply the slots of a plan to the weights; a KL budget is spent after the first step."""
+        if self.may_learn is not None:
+            await self.may_learn.wait()
         key, told = LEARNT_FROM[loss]
         assert isinstance(loss_config, load_loss(loss).Config)
         self.plans.append(plan)

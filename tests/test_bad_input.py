@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "unknown key that is like none": (
         "[loop]\nxyz = 2\n",
         "a.toml:2: loop.xyz: unknown key, wanted one of iterations, queries_per_iteration, epochs, sync_deadline_s, "
-        "max_policy_age, importance, parity_bound",
+        "max_policy_age, importance, kl_budget, parity_bound",
     ),
     "wrong type: number": ('seed = "7"\n', 'a.toml:1: seed: got "7", wanted a whole number'),
     "wrong type: whole number": ("seed = 7.5\n", "a.toml:1: seed: got 7.5, wanted a whole number"),

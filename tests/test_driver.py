@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -296,11 +297,25 @@ def test_nothing_vanishes_and_nothing_is_made_twice_when_iterations_overlap(
     assert sorted(seen) == sorted(commit.state["archive"]["seen"])
 
 
-def test_iterations_overlap_as_far_as_samples_may_age(campaign: tuple[Path, dict[str, list[int]]]) -> None:
-    ages = [set(row.sample_ages) for row in read_metrics(campaign[0] / "ahead, undisturbed")]
-    assert ages[0] == {0}
-    assert all(1 in found for found in ages[1:])
+def test_iterations_overlap_as_far_as_samples_may_age(blank: Path, tmp_path: Path) -> None:
+    path, may_learn = Path(shutil.copytree(blank, tmp_path / RUN)), asyncio.Event()
+
+    def ask(reached: str, num: int) -> None:
+        if reached == "responses 2":
+            may_learn.set()
+
+    run = fake_run(path, Settings(max_policy_age=1, iterations=2), reach=ask)
+    # Iteration 1 is learnt only once iteration 2 has answers: a loop that did not overlap would wait forever.
+    run.group.may_learn = may_learn
+    run.finish()
+    first, second = (set(row.sample_ages) for row in read_metrics(path))
+    assert first == {0}
+    assert 1 in second
+
+
+def test_nothing_overlaps_where_samples_may_not_age(campaign: tuple[Path, dict[str, list[int]]]) -> None:
     assert all(set(row.sample_ages) == {0} for row in read_metrics(campaign[0] / "reference"))
+    assert all(set(row.sample_ages) <= {0, 1} for row in read_metrics(campaign[0] / "ahead, undisturbed"))
 
 
 def test_samples_that_are_too_old_are_dropped_and_counted(blank: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 from pydantic import Field
 
 from actors.adapter import HALVES, AdapterConfig, adapter_shapes, tensor_name
-from cluster.weights import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +123,8 @@ def base_checksum(model: Any) -> str:
     Reads all of them once, at the speed of memory.
     """
     import torch
+
+    from cluster.weights import checksum
 
     total = 0
     for name, parameter in sorted(model.named_parameters()):
