@@ -51,12 +51,15 @@ class AdapterConfig(Config):
         return self
 
 
-def adapter_shapes(parameters: Mapping[str, Sequence[int]], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(
+    parameters: Mapping[str, Sequence[int]], config: AdapterConfig, *, key: str = "lora"
+) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of an adapter.
 
     Args:
         parameters: name and shape of every parameter of the base model.
         config: the adapter's settings.
+        key: what a message calls them; whoever knows the run's config gives their place in it.
 
     Raises:
         ValueError: a target names no linear layer of the model's blocks; says which there are.
@@ -79,7 +82,7 @@ def adapter_shapes(parameters: Mapping[str, Sequence[int]], config: AdapterConfi
     absent = [target for target in config.targets if target not in layers]
     if absent:
         raise ValueError(
-            f"learner.training.lora.targets: got {', '.join(absent)}, wanted layers of the model's blocks: "
+            f"{key}.targets: got {', '.join(absent)}, wanted layers of the model's blocks: "
             f"{', '.join(sorted(layers))}"
         )
     return shapes

@@ -120,15 +120,19 @@ def fingerprint(path: str | Path) -> dict[str, Any]:
 def expected_shapes(model: str) -> Mapping[str, tuple[int, ...]]:
     """Return name and shape of every parameter that an update must bring: `named_parameters()` of the model directory.
 
-    A tied head is not among them. Nothing is loaded: the model is built without memory.
+    A tied head is not among them.
     """
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(model).named_parameters()}
+
+
+def empty_model(model: str) -> Any:
+    """Return the causal language model of a model directory's config without memory: nothing is loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        module = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _raise_all(problems: Iterable[str]) -> None:

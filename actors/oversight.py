@@ -27,6 +27,10 @@ AskExperts = Callable[[Sequence["Judged"]], Mapping[str, ExpertLabel]]
 """Puts cases before the experts; returns the labels that are there now, by response id."""
 
 
+CONTROLS = ("shuffled", "experts_only", "majority")
+"""Kinds of oversight that are controls of SCIENCE §5: nothing may learn there from what the critic wrote."""
+
+
 class OversightConfig(Config):
     """How critiques become verdicts."""
 
@@ -194,7 +198,8 @@ class Shuffled:
                     confidence=taken.confidence,
                     source=taken.source,
                     escalated=taken.escalated,
-                    drawn=taken.drawn,
+                    # At another answer a label checks nothing of the critic's.
+                    drawn=False,
                     flaw_end=taken.flaw_end,
                 )
         return shuffled

@@ -35,9 +35,11 @@ from tests.fake_roles import FakeCritic, FakeLearnerGroup, write_answer_with_ski
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
 from trainers.importance import ImportanceConfig
+from trainers.kl import KlBudget
 from trainers.loop_state import STAGES
 from trainers.progress import Progress, StopSignal
 from trainers.run_config import RunConfig
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import StepReport, TrainingPlan, UpdateReport
 
 CHUNK = 16
@@ -254,6 +256,8 @@ class InstantLearnerGroup(FakeLearnerGroup):
         loss_config: Config,
         plan: TrainingPlan,
         importance: ImportanceConfig | None = None,
+        reference_weights: ReferenceWeights = "start_of_update",
+        kl_budget: KlBudget | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> UpdateReport:
         """Return an empty report."""

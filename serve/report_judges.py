@@ -40,7 +40,7 @@ from serve.report_samples import LIVE, confidence_bin, link
 from serve.report_words import count, interval, number, percent, share_of
 from trainers import statistics
 from trainers.statistics import Share
-from trainers.summary import IterationMetrics
+from trainers.summary import INTERVAL_FROM, IterationMetrics
 
 
 def agreement(rows: Sequence[IterationMetrics], *, recorded: bool) -> Chart:
@@ -116,10 +116,12 @@ def expected_failures(rows: Sequence[IterationMetrics]) -> tuple[Chart, ...]:
     points = []
     for row in rows:
         found = row.feedback
-        if found is None or found.failure_share is None or found.ci_low is None or found.ci_high is None:
+        if found is None or found.failure_share is None:
             continue
+        # Of too few there is no interval: the share may be anything.
+        ends = (0.0, 1.0) if found.ci_low is None or found.ci_high is None else (found.ci_low, found.ci_high)
         # The interval is a normal one: near 0 and 1 it reaches beyond what a share can be.
-        low, value, high = (min(max(end, 0.0), 1.0) for end in (found.ci_low, found.failure_share, found.ci_high))
+        low, value, high = (min(max(end, 0.0), 1.0) for end in (ends[0], found.failure_share, ends[1]))
         share = Share(value=value, ci_low=low, ci_high=high, n=found.num_drawn)
         to = link(set=LIVE, iteration=row.iteration)
         points.append(
@@ -135,7 +137,8 @@ def expected_failures(rows: Sequence[IterationMetrics]) -> tuple[Chart, ...]:
             key="failures",
             title="What experts would fail",
             caption="Share of each iteration's distinct answers: the critic's verdicts on all of them, put right by "
-            "the experts' on answers drawn at random (prediction-powered inference). No truth is asked.",
+            "the experts' on answers drawn at random (prediction-powered inference). No truth is asked. With "
+            f"fewer than {INTERVAL_FROM} drawn the band is everything.",
             figure=figure,
             keys=(Key(name="share failed, 95 % band", colour=CRITIC, mark="line"),),
             table=share_table(["experts would fail"], [points]),

@@ -449,6 +449,7 @@ def _report(step: int, *, epoch: int, optimizer_step: int) -> StepReport:
         learning_rate=1e-4,
         num_tokens=10,
         num_padded_tokens=12,
+        num_unpadded_tokens=10,
         most_tokens=10,
         metrics={},
         seconds=0.0,

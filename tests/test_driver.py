@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -674,6 +674,26 @@ def test_requests_without_an_answer_are_counted_and_the_loop_goes_on(blank: Path
         assert row.proposals["lost"] == sum(proposal.outcome == "lost" for proposal in asked) > 0
         assert sorted(proposal.sample_index for proposal in asked) == list(range(len(asked)))
         assert row.num_verdicts == len(critiques)
+
+
+def test_an_answer_that_was_lost_and_comes_after_a_resume_has_no_verdict(blank: Path, tmp_path: Path) -> None:
+    class Died(Exception):
+        pass
+
+    def dying_at(point: str) -> Callable[[str, int], None]:
+        def reach(reached: str, num: int) -> None:
+            if reached == point:
+                raise Died(point)
+
+        return reach
+
+    path = Path(shutil.copytree(blank, tmp_path / RUN))
+    for losing, point in ((frozenset[str](), "queries 1"), (frozenset({"rollouts"}), "pairs 1")):
+        with pytest.raises(Died, match=point):
+            fake_run(path, Settings(losing=losing), reach=dying_at(point)).finish()
+    fake_run(path, Settings()).finish()
+    answers, verdicts = (records(path, stage, iteration=1) for stage in ("responses", "verdicts"))
+    assert len(verdicts) < len(answers), "the verdicts stood when the lost answers came"
 
 
 def test_what_breaks_in_one_stream_ends_the_iteration_as_it_is(blank: Path, tmp_path: Path) -> None:

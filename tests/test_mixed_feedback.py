@@ -120,11 +120,12 @@ def test_every_distinct_answer_is_drawn_about_as_often() -> None:
     assert max(abs(num - 100) for num in counts.values()) < 4 * 8.7
 
 
-def test_a_permuted_verdict_takes_along_that_it_was_drawn() -> None:
+def test_a_permuted_verdict_checks_nothing_of_the_critics() -> None:
     judged = [make_judged(f"r{i}", 0.9, text=f"{i}") for i in range(6)]
     verdicts = Shuffled(Escalation(calibration=1.0)).decide(judged, Asked().ask, num_allowed=2)
-    assert sum(bool(verdict.drawn) for verdict in verdicts) == 2
-    assert {verdict.source for verdict in verdicts if verdict.drawn} == {"expert"}
+    assert [verdict.source for verdict in verdicts].count("expert") == 2
+    assert not any(verdict.drawn for verdict in verdicts)
+    assert tally(judged, verdicts) == {}
 
 
 # --------------------------------------------------------------------------------------------------- how often one errs
@@ -529,6 +530,12 @@ def test_a_run_without_a_mix_is_the_run_that_it_was(blank: Path, tmp_path: Path)
          "labels say nothing of how often the critic errs"),
         ('preferences.mix = { noise = "none" }\n[loss]\nkind = "sft"\n',
          'a.toml:1: preferences.mix: got it with loss.kind = "sft", wanted a loss of pairs, such as cdpo'),
+        ("[oversight]\nbudget = 0.0\ncalibration = 0.5\n",
+         "a.toml:3: oversight.calibration: got 0.5 with oversight.budget = 0, wanted a budget above 0: it is a "
+         "share of it"),
+        ('[loss]\nkind = "span_noise"\n[oversight]\nkind = "shuffled"\n',
+         'a.toml:2: loss.kind: got "span_noise" with oversight.kind = "shuffled", wanted one that reads no spans: the '
+         "control would learn from what the critic wrote"),
         ('[preferences.mix]\nnoise = "none"\n[learner.training]\nbatch_size = 1\nnum_ranks = 1\n',
          "a.toml:1: preferences.mix.expert_share: got 0.1 with learner.training.batch_size = 1, wanted a batch of 2 or "
          "more: a step of one pair has no share to keep"),

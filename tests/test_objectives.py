@@ -164,6 +164,23 @@ def test_tchebycheff_learns_from_the_objective_that_is_furthest_from_its_ideal()
     assert scalar_scores(scores, running, config) == {"a": pytest.approx(-0.4), "b": pytest.approx(-0.6)}
 
 
+def test_tchebycheff_never_learns_from_an_objective_that_weighs_nothing() -> None:
+    # The others are past their ideals, so nothing (0) is further away than they are.
+    config = ObjectivesConfig(
+        names=("verdict", "brevity", "steps"),
+        weights=(0.9, 0.1, 0.0),
+        scalarisation="tchebycheff",
+        ideal=(0.5, -40.0, 0.5),
+    )
+    scores = {"a": (0.9, -30.0, 0.8), "b": (0.7, -31.0, 0.9)}
+    running = RunningScores()
+    running.add(scores, config.names)
+    found = scalar_scores(scores, running, config)
+    assert found["a"] is not None
+    assert found["b"] is not None
+    assert found["a"] > found["b"]
+
+
 def test_tchebycheff_without_an_ideal_takes_the_best_seen() -> None:
     config = ObjectivesConfig(weights=(0.5, 0.5), scalarisation="tchebycheff")
     running = RunningScores()
@@ -297,7 +314,10 @@ def test_a_run_with_objectives_stores_each_pairs_margins(blank: Path, tmp_path: 
          "scores, such as grpo: others know of one objective alone"),
         ('[loss]\nkind = "grpo"\n[objectives]\nnames = ["verdict", "steps"]\n[oversight]\nkind = "shuffled"\n',
          'a.toml:4: objectives.names: got "steps" with oversight.kind = "shuffled", wanted others: it reads the '
-         "critiques as they are, so that the control would learn what its permuted verdicts hide"),
+         "critiques as they are, so that the control would learn from what the critic wrote"),
+        ('[loss]\nkind = "grpo"\n[objectives]\nnames = ["verdict", "steps"]\n[oversight]\nkind = "experts_only"\n',
+         'a.toml:4: objectives.names: got "steps" with oversight.kind = "experts_only", wanted others: it reads the '
+         "critiques as they are, so that the control would learn from what the critic wrote"),
         ("[objectives]\nweights = [0.5, 0.6]\n",
          "a.toml:2: objectives.weights: got [0.5, 0.6], wanted one for each of 2 objectives, none below 0, that add up "
          "to 1"),

@@ -409,7 +409,7 @@ def test_scores_of_the_reward_model_take_the_place_of_verdicts() -> None:
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "sft", "pro"])
 def test_a_reward_model_beside_a_loss_that_takes_no_scores_is_refused(loss: str) -> None:
-    assert list(reward_problems(RewardConfig(kind="model"), loss=loss)) == [
+    assert list(reward_problems(RewardConfig(kind="model"), loss=loss, oversight="escalation")) == [
         f'reward.kind: got "model" with loss.kind = "{loss}", which learns from no scores of single responses, wanted '
         'loss.kind to be one of grpo, ppo, reinforce_pp, relc, rloo; or "critic"'
     ]
@@ -417,16 +417,22 @@ def test_a_reward_model_beside_a_loss_that_takes_no_scores_is_refused(loss: str)
 
 def test_a_reward_models_own_settings_are_checked_and_only_where_there_is_one() -> None:
     training = RewardConfig().training.model_copy(update={"value_head": False, "batch_size": 15, "num_ranks": 2})
-    assert list(reward_problems(RewardConfig(kind="model", training=training), loss="grpo")) == [
+    assert list(
+        reward_problems(RewardConfig(kind="model", training=training), loss="grpo", oversight="escalation")
+    ) == [
         "reward.training.value_head: got false, wanted true: the head's value is the score",
         "reward.training.batch_size: got 15, wanted a multiple of reward.training.num_ranks = 2",
     ]
-    assert list(reward_problems(RewardConfig(training=training), loss="dpo")) == []
-    assert list(reward_problems(RewardConfig(critiques=True), loss="grpo")) == [
+    assert list(reward_problems(RewardConfig(training=training), loss="dpo", oversight="escalation")) == []
+    assert list(reward_problems(RewardConfig(critiques=True), loss="grpo", oversight="escalation")) == [
         'reward.critiques: got true with reward.kind = "critic", wanted "model": only that reads them'
     ]
+    assert list(reward_problems(RewardConfig(kind="model", critiques=True), loss="grpo", oversight="experts_only")) == [
+        'reward.critiques: got true with oversight.kind = "experts_only", wanted false: the control would learn from '
+        "what the critic wrote"
+    ]
     for name in plugin_names("trainers.losses"):
-        assert list(reward_problems(RewardConfig(), loss=name)) == []
+        assert list(reward_problems(RewardConfig(), loss=name, oversight="escalation")) == []
 
 
 def test_a_plan_counts_the_reward_models_ranks_and_checkpoints(tmp_path: Path) -> None:

@@ -181,6 +181,9 @@ def test_a_run_leaves_out_pairs_of_large_loss_from_its_second_iteration_on(blank
         ("[selection]\nmin_agreement = 0.8\n",
          "a.toml:2: selection.min_agreement: got 0.8 with critic.judging.num_critiques = 1, wanted 2 or more of them: "
          "one always agrees with itself"),
+        ('[selection]\nmin_agreement = 0.9\n[critic.judging]\nnum_critiques = 3\n[oversight]\nkind = "majority"\n',
+         'a.toml:2: selection.min_agreement: got 0.9 with oversight.kind = "majority", wanted 0: the control would '
+         "learn from what the critic wrote"),
         ('[selection]\ndrop = 0.1\n[loss]\nkind = "grpo"\n',
          'a.toml:2: selection.drop: got 0.1 with loss.kind = "grpo", wanted 0, or a loss of pairs or of tokens: '
          "samples are compared within their group, which must be whole"),

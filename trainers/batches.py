@@ -240,6 +240,13 @@ class Padded(NamedTuple):
     """Every sequence is in one of them."""
     is_pairs: bool = False
     """Sequence b has its prompt in common with sequence b + S / 2."""
+    num_shared_tokens: int = 0
+    """Of the real tokens, those that no pass computes, for another sequence's are the same (trainers.shared_prompts)."""
+
+    @property
+    def num_unpadded_tokens(self) -> int:
+        """Return the real tokens that are computed."""
+        return self.num_real_tokens - self.num_shared_tokens
 
     @property
     def num_padded_tokens(self) -> int:

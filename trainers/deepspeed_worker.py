@@ -88,7 +88,7 @@ from trainers.losses import (
     UnpairedBatch,
     load_loss,
 )
-from trainers.model_source import ModelSource, load_model
+from trainers.model_source import ModelSource, load_model, max_positions
 from trainers.policy_gradient import PolicyLoss
 from trainers.random_states import random_states, restore_random_states, seed_all
 from trainers.reference_cache import weights_digest
@@ -160,6 +160,8 @@ class StepReport:
     """Real tokens of the batch, prompts included."""
     num_padded_tokens: int
     """Tokens computed, padding included."""
+    num_unpadded_tokens: int
+    """Tokens computed, without it: `num_tokens`, but a prompt that is computed once for two responses counts once."""
     most_tokens: int
     """Real tokens of the rank that had most of them: the others wait for it."""
     metrics: dict[str, float]
@@ -287,7 +289,7 @@ class DeepSpeedRank:
         self._engine = build_engine(
             model.to(self._device), config=config, num_ranks=self._num_ranks, universal=universal
         )
-        self._max_positions = getattr(model.config, "max_position_embeddings", None)
+        self._max_positions = max_positions(model.config)
 
     def _first_weights(self) -> FirstWeights:
         config, source = self._config, self._source
@@ -326,6 +328,8 @@ class DeepSpeedRank:
         Raises:
             ValueError: the table does not fit the plan, the loss or the model's longest sequence.
         """
+        # An update that a KL budget ended is still here, with its probe's [tokens, V]; two would not have room.
+        self._update = None
         arrow = ray.get(table.ref)
         refuse_other_rows(arrow, plan)
         priced = at_price(loss_config, self._kl_coefficient)
@@ -510,6 +514,7 @@ class DeepSpeedRank:
             learning_rate=rate,
             num_tokens=round(sums.pop("num_tokens")),
             num_padded_tokens=round(sums.pop("num_padded_tokens")),
+            num_unpadded_tokens=round(sums.pop("num_unpadded_tokens")),
             most_tokens=round(most),
             metrics=sums,
             seconds=time.monotonic() - begin,
@@ -551,7 +556,7 @@ class DeepSpeedRank:
             logprobs = shared_prompts.logprobs(
                 self._engine, padded, pairs, temperature=temperature, device=self._device
             )
-            return _Forward(logprobs=logprobs, mask=mask, padded=padded._replace(passes=pairs.computed), values=None)
+            return _Forward(logprobs=logprobs, mask=mask, padded=pairs.counted(padded), values=None)
         if len(padded.passes) == 1:
             logprobs, values = self._token_logprobs(token_ids, temperature)
             return _Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
@@ -1012,6 +1017,7 @@ def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
     values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one transfer for all
     values["num_tokens"] = padded.num_real_tokens
     values["num_padded_tokens"] = padded.num_padded_tokens
+    values["num_unpadded_tokens"] = padded.num_unpadded_tokens
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
 

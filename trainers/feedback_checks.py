@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from actors.oversight import OversightConfig
+from actors.oversight import CONTROLS, OversightConfig
 from cluster.config import Config, plugin_names
 from trainers.losses import PairBatch, load_loss
 from trainers.losses.modpo import Config as ModpoConfig
 from trainers.mixed_feedback import MixConfig
 from trainers.objectives import ObjectivesConfig
 from trainers.selection import SelectionConfig
-from trainers.training_data import material_of
+from trainers.training_data import material_of, reads_spans
 
 DRAWS = ("escalation", "shuffled")
 """Kinds of oversight that put answers drawn at random before experts."""
@@ -23,6 +23,11 @@ def oversight_problems(oversight: OversightConfig) -> Iterator[str]:
         yield (
             f'oversight.calibration: got {oversight.calibration:g} with oversight.kind = "{oversight.kind}", wanted 0: '
             f"only {' and '.join(DRAWS)} draw answers for it"
+        )
+    if oversight.calibration and oversight.budget == 0.0:
+        yield (
+            f"oversight.calibration: got {oversight.calibration:g} with oversight.budget = 0, wanted a budget above 0: "
+            "it is a share of it"
         )
 
 
@@ -59,8 +64,24 @@ def _reads_noise(loss: str) -> bool:
     return module.batch is PairBatch and "noise" in module.Config.model_fields
 
 
-def selection_problems(selection: SelectionConfig, *, loss: str, num_critiques: int) -> Iterator[str]:
+def span_problems(*, loss: str, oversight: OversightConfig) -> Iterator[str]:
+    """Yield where a control would learn from critiques by way of the loss."""
+    if oversight.kind in CONTROLS and material_of(loss) is not None and reads_spans(loss):
+        yield (
+            f'loss.kind: got "{loss}" with oversight.kind = "{oversight.kind}", wanted one that reads no spans: the '
+            "control would learn from what the critic wrote"
+        )
+
+
+def selection_problems(
+    selection: SelectionConfig, *, loss: str, num_critiques: int, oversight: OversightConfig
+) -> Iterator[str]:
     """Yield where labels can't be left out as asked."""
+    if selection.min_agreement and oversight.kind in CONTROLS:
+        yield (
+            f'selection.min_agreement: got {selection.min_agreement:g} with oversight.kind = "{oversight.kind}", '
+            "wanted 0: the control would learn from what the critic wrote"
+        )
     if selection.min_agreement and num_critiques < 2:
         yield (
             f"selection.min_agreement: got {selection.min_agreement:g} with critic.judging.num_critiques = "
@@ -84,10 +105,10 @@ def objectives_problems(
                 "loss.weights: it trades the pairs' own against others"
             )
         return
-    if "steps" in objectives.names and oversight.kind == "shuffled":
+    if "steps" in objectives.names and oversight.kind in CONTROLS:
         yield (
-            'objectives.names: got "steps" with oversight.kind = "shuffled", wanted others: it reads the critiques as '
-            "they are, so that the control would learn what its permuted verdicts hide"
+            f'objectives.names: got "steps" with oversight.kind = "{oversight.kind}", wanted others: it reads the '
+            "critiques as they are, so that the control would learn from what the critic wrote"
         )
     if isinstance(loss_config, ModpoConfig):
         if objectives.names[0] != "verdict":

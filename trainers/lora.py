@@ -39,25 +39,41 @@ class LoraConfig(AdapterConfig):
         return AdapterConfig(rank=self.rank, alpha=self.alpha, targets=self.targets)
 
 
+def check_targets(model: Any, config: AdapterConfig, *, key: str = "lora") -> None:
+    """Check that a model has the layers that an adapter is for; it may be one without memory.
+
+    Args:
+        model: a Hugging Face causal language model.
+        config: the adapter's settings.
+        key: as in `actors.adapter.adapter_shapes`.
+
+    Raises:
+        ValueError: a target names no linear layer of the model's blocks.
+    """
+    import torch
+
+    adapter_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, config, key=key)
+    other = {type(layer).__name__ for layer in _targets(model, config) if not isinstance(layer, torch.nn.Linear)}
+    if other:
+        raise ValueError(
+            f"{key}: got a {type(model).__name__}, whose layers are {', '.join(sorted(other))}, wanted a model of Linear "
+            f"layers; train all of its weights: leave {key} out"
+        )
+
+
 def add_adapter(model: Any, config: LoraConfig, *, seed: int) -> None:
     """Freeze a Hugging Face causal language model and put an adapter into it; until it is trained it changes nothing.
 
     A is drawn with the seed alone, so that all ranks, however many, begin with the same.
 
     Raises:
-        ValueError: a target names no linear layer of the model's blocks.
+        ValueError: as `check_targets`.
     """
     import torch
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    adapter_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, config)
-    other = {type(layer).__name__ for layer in _targets(model, config) if not isinstance(layer, torch.nn.Linear)}
-    if other:
-        raise ValueError(
-            f"learner.training.lora: got a {type(model).__name__}, whose layers are {', '.join(sorted(other))}, wanted "
-            "a model of Linear layers; train all of its weights: leave learner.training.lora out"
-        )
+    check_targets(model, config)
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -133,7 +149,7 @@ def base_checksum(model: Any) -> str:
     return f"{total:08x}"
 
 
-def _targets(model: Any, config: LoraConfig) -> Iterator[Any]:
+def _targets(model: Any, config: AdapterConfig) -> Iterator[Any]:
     for name, module in model.named_modules():
         if "." in name and name.rsplit(".", 1)[-1] in config.targets:
             yield module

@@ -57,14 +57,15 @@ def double_labelled(judged: Sequence[Judged], verdicts: Sequence[Verdict]) -> li
 
     Args:
         judged: responses with their critiques.
-        verdicts: of them, experts' labels in their places; one for each.
+        verdicts: of them, experts' labels in their places.
     """
     by_response = {verdict.response_id: verdict for verdict in verdicts}
-    found = [(item, by_response[item.response.response_id]) for item in judged]
+    # An answer that was lost and came again after a resume has no verdict: those of its iteration stood already.
+    found = [(item, by_response.get(item.response.response_id)) for item in judged]
     return [
         (item, verdict)
         for item, verdict in found
-        if verdict.drawn and verdict.source == EXPERT and item.critic_verdict.label is not None
+        if verdict is not None and verdict.drawn and verdict.source == EXPERT and item.critic_verdict.label is not None
     ]
 
 

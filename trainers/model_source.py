@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from actors.model_directory import context_length
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
@@ -42,3 +44,20 @@ def load_model(source: ModelSource, *, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence that a rank takes of a Hugging Face config's model; None where that has no bound.
+
+    What an engine may stretch positions by (`actors.model_directory.context_length`) is not in it.
+    """
+    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
+def longest_sequence(path: str | Path) -> int | None:
+    """Return the longest sequence that is sure to be taken by engines and by ranks; None where neither has a bound."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return min((bound for bound in (context_length(path), max_positions(config)) if bound is not None), default=None)

@@ -196,7 +196,11 @@ def scalar_scores(scores: Scores, running: RunningScores, config: ObjectivesConf
             means.append(own.standardised(math.fsum(known) / len(known)) if known else 0.0)
             z = own.best if config.ideal is None else config.ideal[i]
             ideal.append(own.standardised(z) if own.num else 0.0)
-        chosen = furthest(means, weights, ideal=ideal)
+        # One that weighs nothing is never the furthest, were all others past their ideals.
+        counted = [i for i, weight in enumerate(weights) if weight > 0.0]
+        chosen = counted[
+            furthest([means[i] for i in counted], [weights[i] for i in counted], ideal=[ideal[i] for i in counted])
+        ]
         weights = [weight if i == chosen else 0.0 for i, weight in enumerate(weights)]
     return {name: _scalar(row, moments, weights) for name, row in scores.items()}
 

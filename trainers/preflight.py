@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.model_directory import check_model_directory, check_weights, context_length, fingerprint
+from actors.model_directory import check_model_directory, check_weights, context_length, empty_model, fingerprint
 from cluster.config import ConfigError
 from cluster.ray_config import address_to_join
 from cluster.room import NAMES, Demand, Need, RayDemand, Room, shortages
-from trainers.run_config import BOOTSTRAP, RunConfig
+from trainers.lora import check_targets
+from trainers.run_config import BOOTSTRAP, RunConfig, adapters
 from trainers.tracking_config import missing_trackers
 
 ROOM_TIMEOUT_S = 10.0
@@ -203,6 +204,17 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
         yield from (f"{named[0]}: {line}" for line in found)
         if not found:
             yield from _context_problems(config, model)
+        if not found and model == config.learner.model:
+            yield from _adapter_problems(config)
+
+
+def _adapter_problems(config: RunConfig) -> Iterator[str]:
+    """Yield where an adapter is for layers that the learner's model directory, the base of all of them, has not."""
+    sections = adapters(config)
+    if sections:
+        base = empty_model(config.learner.model)
+        for key, lora in sections.items():
+            yield from _told(partial(check_targets, base, lora, key=key))
 
 
 def _context_problems(config: RunConfig, model: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from actors.oversight import CONTROLS
 from cluster.config import Config, plugin_names
 from trainers.losses.bradley_terry import Config as BradleyTerryConfig
 from trainers.training_config import TrainingConfig
@@ -52,12 +53,13 @@ class RewardConfig(Config):
     """The reward model's ranks, apart from the learner's; it begins with the learner's first weights."""
 
 
-def reward_problems(config: RewardConfig, *, loss: str, objectives: bool = False) -> Iterator[str]:
+def reward_problems(config: RewardConfig, *, loss: str, oversight: str, objectives: bool = False) -> Iterator[str]:
     """Yield what stands against scoring responses as asked; each line begins with the key to change.
 
     Args:
         config: the run's.
         loss: the name of the learner's.
+        oversight: its kind.
         objectives: responses are scored by objectives of the run's config.
     """
     if config.kind == "critic":
@@ -69,6 +71,11 @@ def reward_problems(config: RewardConfig, *, loss: str, objectives: bool = False
         yield (
             f'reward.kind: got "model" with loss.kind = "{loss}", which learns from no scores of single responses, '
             f'wanted loss.kind to be one of {", ".join(able)}; or "critic"'
+        )
+    if config.critiques and oversight in CONTROLS:
+        yield (
+            f'reward.critiques: got true with oversight.kind = "{oversight}", wanted false: the control would learn '
+            "from what the critic wrote"
         )
     if objectives:
         yield 'reward.kind: got "model" with a section [objectives], wanted one of the two: both say what a score is'

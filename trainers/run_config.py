@@ -38,9 +38,16 @@ from cluster.scaling import AutoscaleConfig
 from cluster.weight_transfer import WeightSyncConfig
 from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
-from trainers.feedback_checks import mix_problems, objectives_problems, oversight_problems, selection_problems
+from trainers.feedback_checks import (
+    mix_problems,
+    objectives_problems,
+    oversight_problems,
+    selection_problems,
+    span_problems,
+)
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
+from trainers.lora import LoraConfig
 from trainers.losses import forward_correction, load_loss
 from trainers.objectives import ObjectivesConfig
 from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
@@ -305,20 +312,25 @@ def _adapters(config: RunConfig) -> Iterator[str]:
     """Yield where an adapter has nothing to be one of, or a role shares engines that are not what it asks for."""
     for role in sharing(config):
         yield from _sharing_problems(config, role)
-    lora = config.learner.training.lora
-    if lora is None:
-        return
-    if config.rollouts.engine.load_format == "dummy":
+    if config.learner.training.lora is not None and config.rollouts.engine.load_format == "dummy":
         yield (
             'rollouts.engine.load_format: got "dummy" with learner.training.lora, wanted "auto": the base, which an '
             "update does not bring, is read from the directory"
         )
-    absent = [name for name in lora.targets if name not in LINEAR_LAYERS]
-    if config.learner.model == BOOTSTRAP and absent:
-        yield (
-            f"learner.training.lora.targets: got {', '.join(absent)}, wanted layers of the base model's blocks: "
-            f"{', '.join(LINEAR_LAYERS)}"
-        )
+    for key, lora in adapters(config).items():
+        absent = [name for name in lora.targets if name not in LINEAR_LAYERS]
+        if config.learner.model == BOOTSTRAP and absent:
+            yield (
+                f"{key}.targets: got {', '.join(absent)}, wanted layers of the base model's blocks: "
+                f"{', '.join(LINEAR_LAYERS)}"
+            )
+
+
+def adapters(config: RunConfig) -> dict[str, LoraConfig]:
+    """Return the adapters that are trained, by the key of their section; the learner's model is the base of each."""
+    reward = config.reward.training.lora if config.reward.kind == "model" else None
+    sections = {"learner.training.lora": config.learner.training.lora, "reward.training.lora": reward}
+    return {key: lora for key, lora in sections.items() if lora is not None}
 
 
 def sharing(config: RunConfig) -> tuple[Literal["attacker", "critic"], ...]:
@@ -420,7 +432,9 @@ def _learning(config: RunConfig) -> Iterator[str]:
             'reward.kind = "model" beside a loss that learns from scores, such as grpo'
         )
         return
-    yield from reward_problems(config.reward, loss=kind, objectives=config.objectives is not None)
+    yield from reward_problems(
+        config.reward, loss=kind, oversight=config.oversight.kind, objectives=config.objectives is not None
+    )
     if material_of(kind) is None:
         able = [name for name in plugin_names("trainers.losses") if material_of(name) is not None]
         yield (
@@ -459,10 +473,16 @@ def _feedback(config: RunConfig) -> Iterator[str]:
     if material_of(kind) is None:
         return  # `_learning` says what is wrong
     yield from oversight_problems(config.oversight)
+    yield from span_problems(loss=kind, oversight=config.oversight)
     if mix is not None:
         batch_size = config.learner.training.batch_size
         yield from mix_problems(mix, loss=kind, oversight=config.oversight, batch_size=batch_size)
-    yield from selection_problems(config.selection, loss=kind, num_critiques=config.critic.judging.num_critiques)
+    yield from selection_problems(
+        config.selection,
+        loss=kind,
+        num_critiques=config.critic.judging.num_critiques,
+        oversight=config.oversight,
+    )
     yield from objectives_problems(config.objectives, loss=kind, loss_config=config.loss, oversight=config.oversight)
 
 

@@ -27,7 +27,6 @@ from actors.engine_config import with_adapter
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertBudget, ExpertQueue, SimulatedExpert
 from actors.generation import OfBase
-from actors.model_directory import context_length
 from actors.oversight import Judged, make_oversight
 from actors.records import EvaluationAnswer, from_table
 from actors.rollout import Rollout
@@ -48,6 +47,7 @@ from trainers.evaluation import evaluation_sets
 from trainers.gpu_turns import GpuTurns, share_gpus
 from trainers.live import Live
 from trainers.loop_state import STAGES, LoopState, WallClock
+from trainers.model_source import longest_sequence
 from trainers.plan import planned_transfer
 from trainers.preflight import await_room, model_record
 from trainers.progress import Progress, StopSignal
@@ -380,7 +380,9 @@ def _reward_model(config: RunConfig, group: TrainingGroup, *, model: Path) -> Re
         text = first_critique(item, run=config.name)
         return None if text is None else encode_text(tokenizer, text)
 
-    read = partial(read_response, critique=critique if config.reward.critiques else None, longest=context_length(model))
+    read = partial(
+        read_response, critique=critique if config.reward.critiques else None, longest=longest_sequence(model)
+    )
     return RewardModel(group, config=config.reward, read=read, run=config.name, seed=config.seed)
 
 
@@ -469,6 +471,7 @@ def summarise(
     pools = [name for name in ("attacker", "rollouts", "critic") if any(name in row.tokens_per_s for row in rows)]
     weights = {name: [row.tokens_per_s.get(name, 0.0) for row in rows] for name in pools}
     shown = {} if base is None else base.gold
+    drawn = sum(row.feedback.num_drawn for row in rows if row.feedback is not None)
     return Summary(
         run=config.name,
         sealed_accuracy=GainSummary.of(
@@ -494,8 +497,8 @@ def summarise(
         gold=Gold(
             learner_bootstrap=shown.get(Role.LEARNER, 0),
             critic_bootstrap=shown.get(Role.CRITIC, 0),
-            expert=gold.counts[Purpose.EXPERT],
-            calibration=0,
+            expert=gold.counts[Purpose.EXPERT] - drawn,
+            calibration=drawn,
             canaries=0,
         ),
         regime=config.supervision.regime,

@@ -4,8 +4,9 @@
     rejected  p p p r        positions 0 1 2 3
     joined    p p p c c r    positions 0 1 2 3 4 3;  r sees p and itself, not c
 
-The model is told positions and who sees whom, so it must take both: `check` compares. Shapes: B pairs, T positions of a
-sequence, W of a joined row, V vocabulary.
+The model is told positions and who sees whom, so it must take both: `check` compares. A mask that it is given stands
+for all of its own, a sliding window's too: models with one are refused. Shapes: B pairs, T positions of a sequence, W of
+a joined row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ MAX_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 with any but constant weights."""
 
 
+FULL_ATTENTION = frozenset({"full_attention", "global"})
+"""What configs call a layer in which a token sees all before it; "global" is GPT-Neo's."""
+
+
 class Joined(NamedTuple):
     """Pairs as the model takes them."""
 
@@ -40,11 +45,17 @@ class Joined(NamedTuple):
     """[B, W] int64: where the prediction of each token stands."""
     places: Tensor
     """[2B, T] int64: where each of a sequence's targets stands in its pair's row."""
+    num_shared_tokens: int
+    """Tokens of the prompts, each of which stands once for two."""
 
     @property
     def computed(self) -> tuple[Pass, ...]:
         """Return the forward pass that it takes."""
         return (Pass(sequences=torch.arange(len(self.token_ids)), length=self.token_ids.shape[1]),)
+
+    def counted(self, padded: Padded) -> Padded:
+        """Return the sequences that were joined with what is computed of them: each pair's prompt once."""
+        return padded._replace(passes=self.computed, num_shared_tokens=self.num_shared_tokens)
 
 
 def joined(padded: Padded) -> Joined:
@@ -72,6 +83,7 @@ def joined(padded: Padded) -> Joined:
         seen=seen[:, None],
         predictors=torch.where(at == second, first - 1, at - 1).clamp(min=0),
         places=back.clamp(max=at.shape[1] - 1),
+        num_shared_tokens=int(prompt.sum()),
     )
 
 
@@ -93,11 +105,13 @@ def logprobs(model: Model, padded: Padded, pairs: Joined, *, temperature: float,
 
 
 def check(model: Any, *, name: str, device: torch.device) -> None:
-    """Compare both ways on a pair of made-up tokens.
+    """Compare both ways on a pair of made-up tokens, which is shorter than any window.
 
     Raises:
-        ValueError: the model gives a response that shares its prompt another probability.
+        ValueError: the model does not see everything in all of its layers, or gives a response that shares its prompt
+            another probability.
     """
+    _refuse_windows(model.config.get_text_config(decoder=True), name=name)
     num_tokens = model.get_input_embeddings().weight.shape[0]
     prompt, chosen, rejected = (
         [(7 * i + 3) % num_tokens for i in part] for part in (range(5), range(5, 9), range(9, 12))
@@ -117,4 +131,17 @@ def check(model: Any, *, name: str, device: torch.device) -> None:
         raise ValueError(
             f"shared_prompts: got true with {name}, which gives responses that share a prompt other log-probs, by "
             f"{gap:.3g} nats, wanted at most {most:g}: it does not take positions or masks of ours; set it to false"
+        )
+
+
+def _refuse_windows(config: Any, *, name: str) -> None:
+    window = getattr(config, "sliding_window", None)
+    has_window = bool(window) and getattr(config, "use_sliding_window", None) is not False
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    found = [f"a sliding window of {window} tokens"] if has_window else []
+    found += [f"layers of {kind}" for kind in sorted(kinds - FULL_ATTENTION)]
+    if found:
+        raise ValueError(
+            f"shared_prompts: got true with {name}, which has {' and '.join(found)}, wanted full attention in every "
+            "layer: our mask would take the place of the model's own; set it to false"
         )

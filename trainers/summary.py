@@ -66,6 +66,10 @@ class AgreementMetrics(Config):
         )
 
 
+INTERVAL_FROM = 40
+"""Drawn answers from which a normal interval of their share covers as it says (simulated in the tests)."""
+
+
 class FeedbackMetrics(Config):
     """What experts' labels of answers drawn at random say of the critic, and of all live answers (METHODS M-MIX)."""
 
@@ -78,9 +82,10 @@ class FeedbackMetrics(Config):
     """Share of this iteration's distinct answers that experts would fail: the critic's verdicts on all of them, put
     right by the experts' on the drawn ones (prediction-powered inference); None with fewer than two drawn."""
     ci_low: float | None
-    """Lower end of its 95 % interval; None with `failure_share`."""
+    """Lower end of its 95 % interval; None with `failure_share`, and with fewer than 40 drawn: a normal interval covers
+    too seldom then."""
     ci_high: float | None
-    """Upper end of its 95 % interval; None with `failure_share`."""
+    """Upper end of it."""
     kappa: Fraction | None
     """How far it relies on the critic, from 0 (experts alone) to 1; None with `failure_share`."""
     num_drawn: Count
@@ -100,12 +105,13 @@ class FeedbackMetrics(Config):
         """Return the row of an iteration; None when no answer was ever drawn."""
         if not checked:
             return None
+        sure = found if found is not None and found.num_human >= INTERVAL_FROM else None
         return cls(
             checked=dict(checked),
             error_rates=dict(rates),
             failure_share=None if found is None else found.value,
-            ci_low=None if found is None else found.ci_low,
-            ci_high=None if found is None else found.ci_high,
+            ci_low=None if sure is None else sure.ci_low,
+            ci_high=None if sure is None else sure.ci_high,
             kappa=None if found is None else found.kappa,
             num_drawn=0 if found is None else found.num_human,
             num_expert_pairs=num_expert_pairs,
@@ -252,7 +258,7 @@ class Gold(Config):
     expert: Count
     """Labels that the simulated expert drew from truth."""
     calibration: Count
-    """Labels used to calibrate the critic's confidence."""
+    """Those that it drew for answers chosen at random, which tell how often the critic errs; not part of `expert`."""
     canaries: Count
     """Items with known answers, slipped in to watch a judge."""
 

@@ -101,14 +101,16 @@ class UpdateReport:
 
     @property
     def tokens_per_s(self) -> float:
-        """Return real tokens trained on per second, all ranks together."""
+        """Return real tokens trained on per second, all ranks together; a prompt counts with each of its responses,
+        also where it is computed once for two.
+        """
         return sum(step.num_tokens for step in self.steps) / max(self.wall_s, 1e-9)
 
     @property
     def padding_efficiency(self) -> float:
-        """Return the share of computed tokens that were real."""
+        """Return the share of computed tokens that were real: a prompt that is computed once counts once."""
         padded = sum(step.num_padded_tokens for step in self.steps)
-        return sum(step.num_tokens for step in self.steps) / max(padded, 1)
+        return sum(step.num_unpadded_tokens for step in self.steps) / max(padded, 1)
 
     @property
     def rank_balance(self) -> float:
