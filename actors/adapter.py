@@ -82,8 +82,7 @@ def adapter_shapes(
     absent = [target for target in config.targets if target not in layers]
     if absent:
         raise ValueError(
-            f"{key}.targets: got {', '.join(absent)}, wanted layers of the model's blocks: "
-            f"{', '.join(sorted(layers))}"
+            f"{key}.targets: got {', '.join(absent)}, wanted layers of the model's blocks: {', '.join(sorted(layers))}"
         )
     return shapes
 

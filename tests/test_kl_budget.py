@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from torch import Tensor
 
 from trainers.batches import TrainingPlan, pair_rows, sample_rows, token_rows
+from trainers.deepspeed_worker import DeepSpeedRank, TableRef, _Update
 from trainers.kl import KlBudget
 from trainers.kl_probe import KlProbe, KlReached, distributions, divergence, exceeded, probe_rows
+from trainers.losses import dpo, load_loss
 
 P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
 PAIRS = pa.table(
@@ -116,3 +121,25 @@ def test_it_is_measured_every_so_many_steps_and_at_the_end() -> None:
 
 def test_the_defaults_are_those_of_the_method() -> None:
     assert (KlBudget().update, KlBudget().run, KlBudget().enabled) == (10.0, 30.0, False)
+
+
+def test_an_update_that_was_ended_early_is_let_go_before_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = TrainingPlan.of(["a", "b", "c"], batch_size=1, epochs=1, seed=0)
+    rows = pair_rows(PAIRS)
+    probe = KlProbe(KlBudget(enabled=True), probe_rows(rows, plan, num_sequences=2), start=of(P), first=None)
+    held = weakref.ref(probe)
+    rank = DeepSpeedRank(rank=0, num_ranks=1, threads=torch.get_num_threads())
+    rank._update = _Update(
+        plan=plan, loss=load_loss("dpo"), loss_config=dpo.Config(), rows=rows, reference=None, probe=probe
+    )
+    del probe
+    seen: list[KlProbe | None] = []
+
+    def fetched(_: object) -> pa.Table:
+        seen.append(held())
+        return PAIRS.slice(1)
+
+    monkeypatch.setattr(ray, "get", fetched)
+    with pytest.raises(ValueError, match="rows"):  # the plan's are three
+        rank.begin_update(TableRef(ref=None), plan=plan, loss="dpo", loss_config=dpo.Config())  # type: ignore[arg-type]
+    assert seen == [None]

@@ -218,6 +218,52 @@ def test_layers_that_a_model_has_not_or_that_are_no_linear_ones_are_refused(tmp_
         add_adapter(model, LoraConfig(targets=("c_attn",)), seed=0)
 
 
+def told(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    """Return what `elenchus run` ends with before anything starts."""
+    capsys.readouterr()  # what writing a model said
+    assert elenchus.main(["run", *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return [line.removeprefix("✗ command line: ") for line in said.err.splitlines()]
+
+
+SCORED = ("loss.kind=grpo", "reward.kind=model")
+
+
+def test_targets_that_the_base_model_has_not_are_refused_of_the_reward_model_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = 'reward.training.lora.targets=["query_key_value", "q_proj"]'
+    assert told(capsys, f"runs_dir={tmp_path}/runs", *SCORED, lora) == [
+        "reward.training.lora.targets: got query_key_value, wanted layers of the base model's blocks: q_proj, k_proj, "
+        "v_proj, o_proj, gate_proj, up_proj, down_proj"
+    ]
+    # Without a reward model nobody reads them.
+    configured(tmp_path, '[reward.training.lora]\ntargets = ["query_key_value"]\n')
+
+
+def test_targets_that_a_model_directory_has_not_are_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_a_model = [f"runs_dir={tmp_path}/runs", *SCORED]
+    llama = write_llama(tmp_path / "llama")
+    flags = [*of_a_model, f"learner.model={llama}", f"rollouts.engine.model={llama}"]
+    targets = 'targets=["c_attn", "q_proj"]'
+    assert told(capsys, *flags, f"learner.training.lora.{targets}", f"reward.training.lora.{targets}") == [
+        f"{section}.training.lora.targets: got c_attn, wanted layers of the model's blocks: down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj"
+        for section in ("learner", "reward")
+    ]
+    gpt2 = write_gpt2(tmp_path / "gpt2")
+    flags = [*of_a_model, f"learner.model={gpt2}", f"rollouts.engine.model={gpt2}"]
+    targets = ['learner.training.lora.targets=["q_proj"]', 'reward.training.lora.targets=["c_attn"]']
+    assert told(capsys, *flags, *targets) == [
+        "learner.training.lora.targets: got q_proj, wanted layers of the model's blocks: c_attn, c_fc, c_proj",
+        "reward.training.lora: got a GPT2LMHeadModel, whose layers are Conv1D, wanted a model of Linear layers; train "
+        "all of its weights: leave reward.training.lora out",
+    ]
+
+
 def test_a_full_update_is_refused_where_an_adapter_is_wanted(tmp_path: Path) -> None:
     from cluster.weights import TensorSpec, WeightManifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -16,14 +17,17 @@ import pytest
 import torch
 
 from actors.critic import critique_id_of
+from actors.model_directory import context_length
 from actors.oversight import Judged
 from actors.records import PreferencePair, Verdict
 from cluster.config import Config, plugin_names
 from cluster.machine import Gpu
 from tests.machines import TWO_CORES
 from tests.small_records import make_judged, make_verdict
+from tests.tiny_models import write_llama
 from trainers.batches import TrainingPlan, pair_rows, sample_rows
 from trainers.losses import bradley_terry
+from trainers.model_source import ModelSource, load_model, longest_sequence, max_positions
 from trainers.plan import plan_run
 from trainers.preferences import PreferenceConfig, build_pairs
 from trainers.reward_config import RewardConfig, reward_problems
@@ -237,6 +241,25 @@ def test_a_critique_is_read_after_the_response_and_cut_where_the_context_ends() 
     )
     assert read_response(item, critique=lambda _: said, longest=2) == replace(plain, is_cut=True)
     assert read_response(item, critique=lambda _: None) is None
+
+
+@pytest.mark.parametrize("positions", [64, None])
+def test_a_critique_is_cut_where_the_ranks_would_refuse_it_also_where_an_engine_stretches_positions(
+    tmp_path: Path, positions: int | None
+) -> None:
+    path = write_llama(tmp_path / "m", max_positions=64)
+    config = json.loads((path / "config.json").read_text())
+    config["max_position_embeddings"] = positions
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config |= {"rope_parameters": stretched}
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    most = max_positions(load_model(ModelSource(path=str(path)), dtype=torch.float32).config)
+    # A config that says nothing has transformers' own default.
+    assert (most, context_length(path)) == ((64, 256) if positions else (2048, None))
+    item = make_judged("r0", 0.9, text="ab")
+    reading = read_response(item, critique=lambda _: [7] * 3000, longest=longest_sequence(path))
+    assert reading is not None
+    assert (len(reading.sequence), reading.is_cut) == (most, True)
 
 
 def test_the_critique_is_the_greedy_one_whatever_the_order_of_ids() -> None:

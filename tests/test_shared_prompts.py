@@ -14,8 +14,10 @@ import torch
 from benchmarks import packing
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.batches import pair_rows
+from trainers.deepspeed_worker import StepReport
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.shared_prompts import check, joined, logprobs
+from trainers.training_group import UpdateReport
 
 CPU = torch.device("cpu")
 
@@ -35,6 +37,45 @@ def test_a_pair_is_one_row_in_which_the_responses_do_not_see_each_other() -> Non
     # The prompt's last token predicts both responses' first.
     assert found.predictors.tolist() == [[0, 0, 1, 2, 1]]
     assert found.computed[0].length == 5
+
+
+def test_a_prompt_that_is_computed_once_counts_once_among_what_is_computed() -> None:
+    table = pa.table(
+        {
+            "prompt_token_ids": [[5, 6, 7, 8, 9, 10], [5, 6]],
+            "chosen_token_ids": [[7, 8], [7]],
+            "rejected_token_ids": [[9], [9]],
+        }
+    )
+    padded = pair_rows(table).pad((0, 1))
+    found = joined(padded).counted(padded)
+    # Sequences of 8, 3, 7, 3 tokens in four rows of 8; joined, rows of 6 + 2 + 1 and 2 + 1 + 1 in two of 9.
+    assert (padded.num_real_tokens, padded.num_unpadded_tokens, padded.num_padded_tokens) == (21, 21, 32)
+    assert (found.num_real_tokens, found.num_unpadded_tokens, found.num_padded_tokens) == (21, 13, 18)
+    dummy = pair_rows(table).pad(())
+    found = joined(dummy).counted(dummy)
+    assert (found.num_real_tokens, found.num_unpadded_tokens, found.num_padded_tokens) == (0, 0, 0)
+
+
+def test_an_update_is_as_efficient_as_what_it_computes_and_as_fast_as_what_it_learns_from() -> None:
+    step = StepReport(
+        step=0,
+        epoch=0,
+        optimizer_step=0,
+        applied=True,
+        loss=0.7,
+        grad_norm=1.0,
+        learning_rate=1e-4,
+        num_tokens=21,
+        num_padded_tokens=18,
+        num_unpadded_tokens=13,
+        most_tokens=21,
+        metrics={},
+        seconds=1.0,
+    )
+    report = UpdateReport(slots=(), steps=(step, step), wall_s=2.0, reference_s=0.0)
+    assert report.padding_efficiency == report.means["padding_efficiency"] == 26 / 36
+    assert report.tokens_per_s == 21.0
 
 
 def many(num: int) -> pa.Table:
@@ -101,3 +142,47 @@ def test_a_model_that_heeds_no_mask_is_refused(tmp_path: Path) -> None:
     model.forward = lambda *, attention_mask=None, **others: heedless(**others)
     with pytest.raises(ValueError, match="shared_prompts: got true with model, which gives responses that share a "):
         check(model, name="model", device=CPU)
+
+
+WINDOWS: dict[str, tuple[dict[str, Any], str]] = {
+    "mistral": ({"sliding_window": 16}, "a sliding window of 16 tokens"),
+    "qwen2": (
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "a sliding window of 16 tokens and layers of sliding_attention",
+    ),
+    "gemma2": ({"sliding_window": 16}, "a sliding window of 16 tokens and layers of sliding_attention"),
+    "llama4_text": (
+        {"attention_chunk_size": 16, "num_local_experts": 1, "intermediate_size_mlp": 32, "pad_token_id": 0},
+        "layers of chunked_attention",
+    ),
+}
+
+
+def tiny(kind: str, **settings: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **sizes, intermediate_size=32, num_key_value_heads=2, **settings)
+        )
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_model_that_looks_through_a_window_is_refused_whose_place_our_mask_would_take(kind: str) -> None:
+    settings, has = WINDOWS[kind]
+    with pytest.raises(ValueError, match="shared_prompts") as error:
+        check(tiny(kind, **settings), name="model", device=CPU)
+    assert str(error.value) == (
+        f"shared_prompts: got true with model, which has {has}, wanted full attention in every layer: our mask would "
+        "take the place of the model's own; set it to false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("mistral", {"sliding_window": None}), ("qwen2", {"use_sliding_window": False, "sliding_window": 16})],
+)
+def test_a_window_that_is_switched_off_is_none(kind: str, settings: dict[str, Any]) -> None:
+    check(tiny(kind, **settings), name="model", device=CPU)

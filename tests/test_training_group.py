@@ -277,6 +277,11 @@ def test_pairs_whose_prompts_are_computed_once_train_the_same_weights(
     assert report.steps[0].metrics["chosen_logratio"] == 0.0
     whole = sum(step.num_padded_tokens for step in reference[0].steps)
     assert sum(step.num_padded_tokens for step in report.steps) < 0.95 * whole
+    # A prompt is learnt from twice and computed once.
+    assert [step.num_tokens for step in report.steps] == [step.num_tokens for step in reference[0].steps]
+    assert all(s.num_unpadded_tokens < min(s.num_tokens, s.num_padded_tokens + 1) for s in report.steps)
+    assert all(step.num_unpadded_tokens == step.num_tokens for step in reference[0].steps)
+    assert report.padding_efficiency <= 1.0
 
 
 def test_gradients_of_what_is_computed_again_are_the_same(

@@ -56,8 +56,8 @@ def check_targets(model: Any, config: AdapterConfig, *, key: str = "lora") -> No
     other = {type(layer).__name__ for layer in _targets(model, config) if not isinstance(layer, torch.nn.Linear)}
     if other:
         raise ValueError(
-            f"{key}: got a {type(model).__name__}, whose layers are {', '.join(sorted(other))}, wanted a model of Linear "
-            f"layers; train all of its weights: leave {key} out"
+            f"{key}: got a {type(model).__name__}, whose layers are {', '.join(sorted(other))}, wanted a model of "
+            f"Linear layers; train all of its weights: leave {key} out"
         )
 
 

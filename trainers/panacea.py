@@ -91,7 +91,8 @@ def add_panacea(model: Any, config: PanaceaConfig, *, seed: int) -> None:
     Raises:
         ValueError: a target names no linear layer of the model's blocks.
     """
-    adapter_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, config, key="panacea")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    adapter_shapes(shapes, config, key="panacea")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

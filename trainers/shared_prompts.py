@@ -5,8 +5,8 @@
     joined    p p p c c r    positions 0 1 2 3 4 3;  r sees p and itself, not c
 
 The model is told positions and who sees whom, so it must take both: `check` compares. A mask that it is given stands
-for all of its own, a sliding window's too: models with one are refused. Shapes: B pairs, T positions of a sequence, W of
-a joined row, V vocabulary.
+for all of its own, a sliding window's too: models with one are refused. Shapes: B pairs, T positions of a sequence, W
+of a joined row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 with any but constant weights."""
 
 
-FULL_ATTENTION = frozenset({"full_attention", "global"})
-"""What configs call a layer in which a token sees all before it; "global" is GPT-Neo's."""
+FULL_ATTENTION = "full_attention"
+"""What a config's `layer_types` calls a layer in which a token sees all before it."""
 
 
 class Joined(NamedTuple):
@@ -137,9 +137,9 @@ def check(model: Any, *, name: str, device: torch.device) -> None:
 def _refuse_windows(config: Any, *, name: str) -> None:
     window = getattr(config, "sliding_window", None)
     has_window = bool(window) and getattr(config, "use_sliding_window", None) is not False
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    kinds = {*(getattr(config, "layer_types", None) or ())}
     found = [f"a sliding window of {window} tokens"] if has_window else []
-    found += [f"layers of {kind}" for kind in sorted(kinds - FULL_ATTENTION)]
+    found += [f"layers of {kind}" for kind in sorted(kinds - {FULL_ATTENTION})]
     if found:
         raise ValueError(
             f"shared_prompts: got true with {name}, which has {' and '.join(found)}, wanted full attention in every "
