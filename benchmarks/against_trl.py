@@ -48,13 +48,15 @@ PYTHON = ROOT / ".parity" / "bin" / "python"
 RESULTS = ROOT / "runs" / "bench" / "against_trl.json"
 
 
-async def measure(*, quick: bool) -> list[Figure]:
+async def measure(models: Sequence[str], *, quick: bool) -> list[Figure]:
     """Return the figures; Ray runs."""
     figures = []
     for name, shape, num_pairs, num_rounds in (
         ("tiny", BaseModelConfig(), 32 if quick else 160, 2 if quick else 8),
-        *(() if quick else (("125m", SHAPE, 32, 3),)),
+        ("125m", SHAPE, 32, 3),
     ):
+        if name not in models or (quick and name != "tiny"):
+            continue
         with tempfile.TemporaryDirectory(prefix="elenchus-bench-") as folder:
             model = write_base_model(Path(folder) / "model", shape, seed=0)
             figures.append(await _measure(name, model, demo_texts(num_pairs), num_rounds=num_rounds))
@@ -174,6 +176,7 @@ def num_pair_tokens(rows: pa.Table) -> int:
 def main() -> int:
     """Measure, write it down and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("tiny", "125m"), default=("tiny", "125m"))
     parser.add_argument("--quick", action="store_true", help="small forms: their numbers mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
     said = parser.parse_args()
@@ -184,7 +187,7 @@ def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     runtime = start_ray(RayConfig(object_store_gb=STORE_GB))
     try:
-        figures = asyncio.run(measure(quick=said.quick))
+        figures = asyncio.run(measure(said.models, quick=said.quick))
     finally:
         runtime.stop()
     said.out.parent.mkdir(parents=True, exist_ok=True)
