@@ -3,10 +3,14 @@
     .venv/bin/python -m benchmarks.algorithms choose --seeds 0
     .venv/bin/python -m benchmarks.algorithms report --seeds 51 52 53 54 55 --algorithms dpo kto grpo sft
 
-`choose` tries every algorithm with every learning rate of its family and looks at probe problems alone. `report` runs
-each algorithm with the learning rate that was chosen, on seeds that nothing was chosen on, and looks at sealed
-problems. The measure of the choice is the mean of the probe accuracies after each iteration: how fast it learns and how
-far, in one figure; the last accuracy alone does not tell the good ones apart.
+`choose` tries every algorithm with the middle learning rate of its family and then the best FINALISTS of them with the
+lower and the higher one (or all of them, by --all-rates), and looks at probe problems alone. `report` runs each
+algorithm with the learning rate that was chosen, on seeds that nothing was chosen on, and looks at sealed problems. The
+measure of the choice is the mean of the probe accuracies after each iteration: how fast it learns and how far, in one
+figure; the last accuracy alone does not tell the good ones apart.
+
+Losses of pairs all have the demo's NLL term on the chosen answer (`nll_weight` 10), without which its tiny model
+forgets how to write; `dpo_plain` is dpo without it.
 
 All of a seed's runs start from one base model and generate as much: the same number of queries and of answers to each
 in every iteration. "At equal wall" is the probe accuracy that a run had reached when the quickest of the seed's runs
@@ -34,6 +38,7 @@ from trainers.summary import GainSummary, read_metrics, read_summary
 
 RUNS = ROOT / "runs" / "algorithms"
 PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("1e-5", "3e-5", "1e-4"), ("3e-5", "1e-4", "3e-4"), ("1e-4", "3e-4", "1e-3")
+FINALISTS = 8
 CHOICE = ROOT / "benchmarks" / "algorithms.json"
 """The learning rates that `choose` has found, by algorithm."""
 
@@ -47,8 +52,9 @@ class Algorithm:
     settings: Mapping[str, str]
 
 
-def _pairs(**loss: str) -> Algorithm:
-    return Algorithm(rates=PAIR_RATES, settings={f"loss.{key}": value for key, value in loss.items()})
+def _pairs(*, nll_weight: str = "10", **loss: str) -> Algorithm:
+    settings = {f"loss.{key}": value for key, value in loss.items()}
+    return Algorithm(rates=PAIR_RATES, settings=settings | {"loss.nll_weight": nll_weight})
 
 
 def _samples(*, value_head: bool = False, **loss: str) -> Algorithm:
@@ -64,16 +70,26 @@ def _tokens(**loss: str) -> Algorithm:
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "dpo": _pairs(kind="dpo"),
-    "dpo_nll": _pairs(kind="dpo", nll_weight="0.2"),
+    "dpo_plain": _pairs(kind="dpo", nll_weight="0"),
     "cdpo": _pairs(kind="cdpo"),
     "rdpo": _pairs(kind="rdpo"),
     "ipo": _pairs(kind="ipo"),
     "exo": _pairs(kind="exo"),
     "rso": _pairs(kind="rso"),
-    "kto": _pairs(kind="kto"),
+    "modpo": Algorithm(
+        rates=PAIR_RATES,
+        settings=_pairs(kind="modpo", weights="[0.9, 0.1]").settings
+        | {"objectives.names": '["verdict", "brevity"]', "objectives.weights": "[0.9, 0.1]"},
+    ),
+    "kto": Algorithm(rates=PAIR_RATES, settings={"loss.kind": "kto"}),
     "sft": _tokens(kind="sft"),
     "gce": _tokens(kind="gce"),
+    "token_noise": _tokens(kind="token_noise"),
     "span_noise": _tokens(kind="span_noise"),
+    "weak_to_strong": _tokens(kind="weak_to_strong"),
+    "forward_correction": _tokens(kind="forward_correction"),
+    "exo_group": _samples(kind="exo_group"),
+    "pro": _samples(kind="pro"),
     "grpo": _samples(kind="grpo"),
     "dapo": _samples(kind="grpo", form="dapo"),
     "dr_grpo": _samples(kind="grpo", form="dr_grpo", max_tokens="48"),
@@ -167,6 +183,24 @@ def outcome_of(algorithm: str, *, rate: str, seed: int) -> Outcome | None:
     )
 
 
+def outcomes_of(plan: Sequence[tuple[str, str]], *, seeds: Sequence[int], run: bool) -> list[Outcome]:
+    """Return what the runs of a plan of algorithms and rates came to; `run` makes those that are missing."""
+    for seed in seeds:
+        for name, rate in plan:
+            if run and outcome_of(name, rate=rate, seed=seed) is None:
+                run_one(name, rate=rate, seed=seed)
+    found = [outcome_of(name, rate=rate, seed=seed) for name, rate in plan for seed in seeds]
+    return [one for one in found if one is not None]
+
+
+def finalists(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the algorithms that learnt best on probe, the best first: FINALISTS at most."""
+    speeds: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        speeds.setdefault(outcome.algorithm, []).append(outcome.speed)
+    return sorted(speeds, key=lambda name: statistics.fmean(speeds[name]), reverse=True)[:FINALISTS]
+
+
 def best_rates(outcomes: Sequence[Outcome]) -> dict[str, str]:
     """Return for each algorithm the learning rate whose runs learnt best on probe, over all seeds."""
     speeds: dict[str, dict[str, list[float]]] = {}
@@ -256,19 +290,18 @@ def main() -> int:
     parser.add_argument("what", choices=("choose", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=tuple(ALGORITHMS))
+    parser.add_argument("--all-rates", action="store_true", help="choose: every rate of every algorithm")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     said = parser.parse_args()
     if said.what == "choose":
-        plan = [(name, rate) for name in said.algorithms for rate in ALGORITHMS[name].rates]
+        plan = [(name, ALGORITHMS[name].rates[1]) for name in said.algorithms]
+        first = outcomes_of(plan, seeds=said.seeds, run=not said.table)
+        named = said.algorithms if said.all_rates else finalists(first)
+        plan += [(name, rate) for name in named for rate in ALGORITHMS[name].rates[::2]]
     else:
         chosen: dict[str, str] = json.loads(CHOICE.read_text())
         plan = [(name, chosen[name]) for name in said.algorithms]
-    for seed in said.seeds:
-        for name, rate in plan:
-            if not said.table and outcome_of(name, rate=rate, seed=seed) is None:
-                run_one(name, rate=rate, seed=seed)
-    found = [outcome_of(name, rate=rate, seed=seed) for name, rate in plan for seed in said.seeds]
-    outcomes = [one for one in found if one is not None]
+    outcomes = outcomes_of(plan, seeds=said.seeds, run=not said.table)
     if said.what == "choose":
         known = json.loads(CHOICE.read_text()) if CHOICE.is_file() else {}
         CHOICE.write_text(json.dumps(known | best_rates(outcomes), indent=1) + "\n")
