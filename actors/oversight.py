@@ -27,6 +27,8 @@ AskExperts = Callable[[Sequence["Judged"]], Mapping[str, ExpertLabel]]
 """Puts cases before the experts; returns the labels that are there now, by response id."""
 
 
+EXPERT = "expert"
+"""`Verdict.source` of what an expert decided, and `PreferencePair.source` where one decided a side at least."""
 CONTROLS = ("shuffled", "experts_only", "majority")
 """Kinds of oversight that are controls of SCIENCE §5: nothing may learn there from what the critic wrote."""
 
@@ -281,6 +283,6 @@ def _with_experts(
                     label=label.label,
                     score=1.0 if label.label == PASS else 0.0,
                     confidence=1.0,
-                    source="expert",
+                    source=EXPERT,
                 )
     return decided

@@ -356,7 +356,7 @@ class FakeLearnerGroup:
             for slot in plan.slots(index):
                 self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
                 self.slots.append((slot.row_id, slot.epoch, slot.step))
-            reports.append(_report(index, epoch=step.epoch, optimizer_step=self._num_steps))
+            reports.append(step_report(index, epoch=step.epoch, optimizer_step=self._num_steps))
             self._num_steps += 1
             self._reach("step", 1)
         slots = tuple(slot for index in range(len(reports)) for slot in plan.slots(index))
@@ -418,7 +418,7 @@ class FakeRewardGroup:
             self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
             self.slots.append((slot.row_id, slot.epoch, slot.step))
         self._reach("reward step", 1)
-        step = replace(_report(0, epoch=0, optimizer_step=0), metrics={"accuracy": 0.5})
+        step = replace(step_report(), metrics={"accuracy": 0.5})
         return UpdateReport(slots=tuple(slots), steps=(step,), wall_s=0.1, reference_s=0.0)
 
     async def scores(self, sequences: Sequence[Sequence[int]]) -> tuple[float, ...]:
@@ -438,7 +438,8 @@ class FakeRewardGroup:
         self.slots = [(row_id, epoch, step) for row_id, epoch, step in body["slots"]]
 
 
-def _report(step: int, *, epoch: int, optimizer_step: int) -> StepReport:
+def step_report(step: int = 0, *, epoch: int = 0, optimizer_step: int = 0) -> StepReport:
+    """Return what a step of a learner group reports."""
     return StepReport(
         step=step,
         epoch=epoch,

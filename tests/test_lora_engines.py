@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.engine import EngineConfig, start_engine_replica
 from actors.engine_config import with_adapter
 from actors.generation import Completion, GenerationRequest
-from actors.records import Message
 from cluster.pool import Pool, Replica
 from cluster.weight_sync import SyncFailed, sync_weights
 from cluster.weights import ParityProbe, WeightManifest, put_weights
+from tests.published_learner import BOUND, PublishedLearner, answers, assert_made_by
 from tests.tiny_models import write_llama
 from trainers.lora import LoraConfig, adapter_parameters, add_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]
 
-BOUND = 1e-4
-SEQUENCES = ((1, 5, 9, 12, 7, 3), (1, 20, 11, 6))
 DEADLINE_S = 240.0
 LORA = LoraConfig(rank=4, alpha=16.0)
 
 
-class Learner:
+class Learner(PublishedLearner):
     """A base with an adapter, in this process; its adapter is published."""
 
     def __init__(self, path: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path)
+        super().__init__(path)
         add_adapter(self.model, LORA, seed=0)
         self.model.eval()
 
@@ -45,13 +40,7 @@ class Learner:
             for _, parameter in adapter_parameters(self.model):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         manifest = put_weights(adapter_parameters(self.model), version=version)
-        return manifest, ParityProbe(token_ids=SEQUENCES, logprobs=tuple(map(self.logprobs, SEQUENCES)), bound=BOUND)
-
-    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Return the log-prob of each token after the first, in nats."""
-        with torch.no_grad():
-            table = self.model(torch.tensor([list(token_ids)])).logits[0].log_softmax(-1)
-        return tuple(table[i, token].item() for i, token in enumerate(token_ids[1:]))
+        return manifest, self.probe()
 
 
 def engine_pool(path: Path) -> Pool[GenerationRequest, Completion]:
@@ -62,30 +51,6 @@ def engine_pool(path: Path) -> Pool[GenerationRequest, Completion]:
         return start_engine_replica(config, replica_id=replica_id, num_cpus=0.2)
 
     return Pool(name="rollouts", start_replica=start, num_replicas=1)
-
-
-async def answers(
-    pool: Pool[GenerationRequest, Completion], *, num: int, of_base: Sequence[int] = ()
-) -> list[Completion]:
-    requests = [
-        GenerationRequest(
-            request_id=f"r{i}",
-            messages=(Message(role="user", content=f"{i}+1"),),
-            max_tokens=12,
-            of_base=i in of_base,
-        )
-        for i in range(num)
-    ]
-    return [done async for chunk in pool.route(requests) for done in chunk]
-
-
-def assert_made_by(done: Sequence[Completion], learner: Learner, *, version: str) -> None:
-    """Check that every answer names the version, and that its log-probs are the learner's."""
-    assert {completion.weight_version for completion in done} == {version}
-    for completion in done:
-        first = len(completion.prompt_token_ids)
-        wanted = learner.logprobs([*completion.prompt_token_ids, *completion.token_ids])[first - 1 :]
-        assert list(completion.logprobs) == pytest.approx(wanted, abs=BOUND)
 
 
 def test_replicas_answer_with_the_adapter_that_was_published_and_a_newcomer_takes_it_too(tmp_path: Path) -> None:

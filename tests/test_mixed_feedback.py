@@ -17,17 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.oversight import Escalation, Judged, Shuffled
+from actors.oversight import EXPERT, Escalation, Judged, Shuffled
 from actors.records import ExpertLabel, PreferencePair, Verdict, from_table
-from cluster.config import ConfigError
 from cluster.store import read_stage
 from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
+from tests.refused_settings import problems_of
 from tests.small_records import make_judged, make_query, make_verdict
 from trainers.batches import TrainingPlan, pair_rows
 from trainers.driver import Stopped
 from trainers.losses import PairBatch, cdpo, dpo, rdpo
 from trainers.mixed_feedback import (
-    EXPERT,
     ErrorRates,
     MixConfig,
     double_labelled,
@@ -547,11 +546,7 @@ def test_a_run_without_a_mix_is_the_run_that_it_was(blank: Path, tmp_path: Path)
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as refused:
-        load_run_config([path])
-    assert [problem.replace(str(path), "a.toml") for problem in refused.value.problems] == [message]
+    assert problems_of(text, tmp_path) == [message]
 
 
 def test_a_mix_by_toml_is_accepted(tmp_path: Path) -> None:

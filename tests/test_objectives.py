@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from actors.oversight import Judged
 from actors.records import PreferencePair, from_table, to_table
-from cluster.config import ConfigError
 from cluster.store import read_stage
 from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
 from tests.pair_tables import pair_table
+from tests.refused_settings import problems_of
 from tests.small_records import make_critique, make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows
 from trainers.objectives import (
@@ -324,11 +324,7 @@ def test_a_run_with_objectives_stores_each_pairs_margins(blank: Path, tmp_path: 
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as refused:
-        load_run_config([path])
-    assert [problem.replace(str(path), "a.toml") for problem in refused.value.problems][:1] == [message]
+    assert problems_of(text, tmp_path)[:1] == [message]
 
 
 @pytest.mark.parametrize("loss", ["modpo", "grpo"])

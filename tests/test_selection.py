@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from actors.records import PreferencePair, from_table
-from cluster.config import ConfigError
 from cluster.store import read_stage
 from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
 from tests.pair_tables import pair_table
+from tests.refused_settings import problems_of
 from tests.small_records import make_judged, make_verdict
-from trainers.run_config import load_run_config
 from trainers.selection import (
     SelectionConfig,
     agreeing,
@@ -191,8 +190,4 @@ def test_a_run_leaves_out_pairs_of_large_loss_from_its_second_iteration_on(blank
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as refused:
-        load_run_config([path])
-    assert [problem.replace(str(path), "a.toml") for problem in refused.value.problems] == [message]
+    assert problems_of(text, tmp_path) == [message]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks import packing
+from tests.fake_roles import step_report
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.batches import pair_rows
-from trainers.deepspeed_worker import StepReport
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.shared_prompts import check, joined, logprobs
 from trainers.training_group import UpdateReport
@@ -58,20 +59,8 @@ def test_a_prompt_that_is_computed_once_counts_once_among_what_is_computed() -> 
 
 
 def test_an_update_is_as_efficient_as_what_it_computes_and_as_fast_as_what_it_learns_from() -> None:
-    step = StepReport(
-        step=0,
-        epoch=0,
-        optimizer_step=0,
-        applied=True,
-        loss=0.7,
-        grad_norm=1.0,
-        learning_rate=1e-4,
-        num_tokens=21,
-        num_padded_tokens=18,
-        num_unpadded_tokens=13,
-        most_tokens=21,
-        metrics={},
-        seconds=1.0,
+    step = replace(
+        step_report(), num_tokens=21, num_padded_tokens=18, num_unpadded_tokens=13, most_tokens=21, seconds=1.0
     )
     report = UpdateReport(slots=(), steps=(step, step), wall_s=2.0, reference_s=0.0)
     assert report.padding_efficiency == report.means["padding_efficiency"] == 26 / 36

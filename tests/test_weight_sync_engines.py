@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,41 +13,28 @@ from typing import Any
 
 import pytest
 import ray
-import torch
-from transformers import AutoModelForCausalLM
 
 from actors.engine import EngineConfig, start_engine_replica
 from actors.generation import Completion, GenerationRequest
-from actors.records import Message
 from cluster.pool import Pool, Replica
 from cluster.weight_sync import SyncFailed, sync_weights
 from cluster.weights import ParityProbe, WeightManifest, put_weights
+from tests.published_learner import BOUND, PublishedLearner, answers, assert_made_by
 from tests.tiny_models import perturb, write_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]
 
-BOUND = 1e-4
-SEQUENCES = ((1, 5, 9, 12, 7, 3), (1, 20, 11, 6))
 DEADLINE_S = 120.0
 
 
-class Learner:
+class Learner(PublishedLearner):
     """A model in this process whose weights are published; what every replica must agree with."""
-
-    def __init__(self, path: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(path)
 
     def publish(self, version: str, *, seed: int) -> tuple[WeightManifest, ParityProbe]:
         """Change the weights and return them with their own log-probs of the probe sequences."""
-        perturb(self._model, seed=seed)
-        manifest = put_weights(self._model.named_parameters(), version=version, bucket_bytes=40_000)
-        return manifest, ParityProbe(token_ids=SEQUENCES, logprobs=tuple(map(self.logprobs, SEQUENCES)), bound=BOUND)
-
-    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Return the log-prob of each token after the first, in nats."""
-        with torch.no_grad():
-            table = self._model(torch.tensor([list(token_ids)])).logits[0].log_softmax(-1)
-        return tuple(table[i, token].item() for i, token in enumerate(token_ids[1:]))
+        perturb(self.model, seed=seed)
+        manifest = put_weights(self.model.named_parameters(), version=version, bucket_bytes=40_000)
+        return manifest, self.probe()
 
 
 @asynccontextmanager
@@ -63,23 +50,6 @@ async def engine_pool(path: Path, *, num_replicas: int) -> AsyncIterator[Pool[Ge
         yield pool
     finally:
         await pool.shutdown()
-
-
-async def answers(pool: Pool[GenerationRequest, Completion], *, num: int) -> list[Completion]:
-    requests = [
-        GenerationRequest(request_id=f"r{i}", messages=(Message(role="user", content=f"{i}+1"),), max_tokens=12)
-        for i in range(num)
-    ]
-    return [done async for chunk in pool.route(requests) for done in chunk]
-
-
-def assert_made_by(done: Sequence[Completion], learner: Learner, *, version: str) -> None:
-    """Check that every answer names the version, and that its log-probs are the learner's."""
-    assert {completion.weight_version for completion in done} == {version}
-    for completion in done:
-        first = len(completion.prompt_token_ids)
-        wanted = learner.logprobs([*completion.prompt_token_ids, *completion.token_ids])[first - 1 :]
-        assert list(completion.logprobs) == pytest.approx(wanted, abs=BOUND)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])

@@ -32,7 +32,7 @@ from actors.domains import Domain, GoldLedger, Purpose
 from actors.engine import Completion, GenerationRequest
 from actors.expert_desk import ExpertDesk
 from actors.experts import ExpertBudget
-from actors.oversight import Judged, Oversight
+from actors.oversight import EXPERT, Judged, Oversight
 from actors.records import (
     EvaluationAnswer,
     PreferencePair,
@@ -65,7 +65,7 @@ from trainers.importance import ImportanceConfig
 from trainers.journal import Journal
 from trainers.loop_config import LoopConfig
 from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
-from trainers.mixed_feedback import EXPERT, error_rates, failure_share, tally
+from trainers.mixed_feedback import error_rates, failure_share, tally
 from trainers.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
 from trainers.pair_feedback import PairFeedback
 from trainers.preferences import Pairs, PreferenceConfig, build_pairs
@@ -308,8 +308,9 @@ class Driver:
         judged = rollouts.judged()
         verdicts = await self._judge(iteration, judged, clock)
         self._head.checked.update(tally(judged, verdicts))
-        data = await self._training_data(rollouts, judged, verdicts)
-        pairs = await self._pairs_to_score_by(rollouts, judged, verdicts)
+        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
+        data = await self._training_data(rollouts, trusted)
+        pairs = await self._pairs_to_score_by(rollouts, trusted)
         outcomes = self._steer(rollouts, judged)
         self._account(iteration, judged, verdicts)
         return Prepared(
@@ -396,11 +397,8 @@ class Driver:
             await self._journal.add("verdicts", verdicts, iteration=iteration)
         return verdicts
 
-    async def _training_data(
-        self, rollouts: Rollouts, judged: Sequence[Judged], verdicts: Sequence[Verdict]
-    ) -> TrainingData:
+    async def _training_data(self, rollouts: Rollouts, trusted: Trusted) -> TrainingData:
         """Return what the loss is to be given: preference pairs, or the judged responses themselves."""
-        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
         scores = self._score(trusted)
         if self._material == "pairs":
             data = of_pairs(await self._pair(rollouts.iteration, rollouts, trusted.verdicts, scores), rollouts.place)
@@ -460,13 +458,10 @@ class Driver:
         self._check_stop()
         return pairs
 
-    async def _pairs_to_score_by(
-        self, rollouts: Rollouts, judged: Sequence[Judged], verdicts: Sequence[Verdict]
-    ) -> Sequence[PreferencePair]:
+    async def _pairs_to_score_by(self, rollouts: Rollouts, trusted: Trusted) -> Sequence[PreferencePair]:
         """Return the pairs that the reward model learns from; none without one."""
         if self._roles.reward_model is None:
             return ()
-        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
         return (await self._pair(rollouts.iteration, rollouts, trusted.verdicts, {})).pairs
 
     async def _rewarded(self, prepared: Prepared) -> Prepared:

@@ -18,14 +18,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from actors.oversight import Judged
+from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Verdict
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
 from trainers.statistics import CONFIDENCE
-
-EXPERT = "expert"
-"""`Verdict.source` and `PreferencePair.source` of what an expert decided, a pair's one side at least."""
 
 
 class MixConfig(Config):

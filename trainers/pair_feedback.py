@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from actors.oversight import EXPERT
 from actors.records import Verdict
-from trainers.mixed_feedback import EXPERT, MixConfig, error_rates, mixed
+from trainers.mixed_feedback import MixConfig, error_rates, mixed
 from trainers.mixed_plan import plan_with_share
 from trainers.objectives import ObjectivesConfig, RunningScores, Scores, with_margins
 from trainers.preferences import Pairs

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from actors.oversight import EXPERT
 from actors.records import PreferencePair, Query, Response, Verdict, lineage_id
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
@@ -150,7 +151,7 @@ def _pair(
         margin=gap,
         weight=1.0,
         noise=0.0,
-        source="expert" if "expert" in (chosen.source, rejected.source) else chosen.source,
+        source=EXPERT if EXPERT in (chosen.source, rejected.source) else chosen.source,
         chosen_id=good.response_id,
         rejected_id=bad.response_id,
         iteration=query.iteration,

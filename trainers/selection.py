@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 from pydantic import Field
 
-from actors.oversight import Judged
+from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Response, Verdict
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
-from trainers.mixed_feedback import EXPERT
 from trainers.training_data import TrainingData
 
 

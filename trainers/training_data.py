@@ -22,17 +22,18 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
 
-from actors.oversight import Judged
+from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Response, Verdict, to_table
 from actors.rubrics import PASS
 from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
 from trainers.policy_gradient import PolicyLoss
 from trainers.preferences import Pairs, age_of
 
+Known = TypeVar("Known")
 Material: TypeAlias = Literal["pairs", "samples", "groups", "accepted"]
 TokensSpanning: TypeAlias = Callable[[Sequence[int], int], int]
 """How many of the token ids it takes to spell so many characters."""
@@ -118,11 +119,10 @@ def of_samples(
         spans: reward also the tokens at which critiques found fault; how many tokens it takes to spell some characters.
         scores: by response id, in the place of the verdicts'; None: a response's score is its verdict's.
     """
-    if scores is None:
-        judged_ones, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
-        chosen = [(item, verdict.score) for item, verdict in judged_ones]
-    else:
-        chosen, dropped = _scored(judged, scores, version=version, max_age=max_age)
+    known: Mapping[str, float | None] = (
+        {name: verdict.score for name, verdict in _with_label(verdicts).items()} if scores is None else scores
+    )
+    chosen, dropped = _fresh(judged, known, version=version, max_age=max_age)
     responses = [item.response for item, _ in chosen]
     columns = {
         **_tokens(responses),
@@ -153,7 +153,7 @@ def of_groups(
         max_age: greatest number of versions that a response's weights may be behind.
         equals: keep also the queries whose responses all have one reward.
     """
-    chosen, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
+    chosen, dropped = _fresh(judged, _with_label(verdicts), version=version, max_age=max_age)
     queries: defaultdict[str, dict[str, list[tuple[Judged, Verdict]]]] = defaultdict(dict)
     for item, verdict in chosen:
         texts = queries[item.query.query_id]
@@ -199,7 +199,7 @@ def of_accepted(
     With `spans` also the responses that fail at a flaw which the critique quotes, up to its end, the flaw flagged: what
     comes before it is not at fault, and what follows from it teaches nothing.
     """
-    chosen, dropped = _fresh(judged, verdicts, version=version, max_age=max_age)
+    chosen, dropped = _fresh(judged, _with_label(verdicts), version=version, max_age=max_age)
     kept: dict[tuple[str, str], tuple[Judged, list[bool]]] = {}
     for item, verdict in chosen:
         key = item.response.query_id, item.response.text
@@ -222,7 +222,7 @@ def of_accepted(
 
 def _reward(verdicts: Sequence[Verdict]) -> float:
     """Return the mean score of one text's verdicts: of experts', where they were asked about it."""
-    asked = [verdict for verdict in verdicts if verdict.source == "expert"]
+    asked = [verdict for verdict in verdicts if verdict.source == EXPERT]
     scores = [verdict.score for verdict in asked or verdicts]
     assert all(score is not None for score in scores), "a verdict with a label has a score"
     return math.fsum(score for score in scores if score is not None) / len(scores)
@@ -249,38 +249,23 @@ def _flags_to_the_flaw(item: Judged, verdict: Verdict, spans: TokensSpanning) ->
 
 
 def _fresh(
-    judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int
-) -> tuple[list[tuple[Judged, Verdict]], Counter[str]]:
-    """Return the responses that have a verdict and are young enough, and how many are not."""
-    verdict_of = {verdict.response_id: verdict for verdict in verdicts}
+    judged: Sequence[Judged], known: Mapping[str, Known], *, version: int, max_age: int
+) -> tuple[list[tuple[Judged, Known]], Counter[str]]:
+    """Return the responses that are young enough and of which something is known, by response id, and what was not."""
     dropped: Counter[str] = Counter()
-    chosen = []
+    chosen: list[tuple[Judged, Known]] = []
     for item in judged:
-        verdict = verdict_of.get(item.response.response_id)
         if age_of(item.response, version=version) > max_age:
             dropped["stale"] += 1
-        elif verdict is None or verdict.label is None:
+        elif item.response.response_id not in known:
             dropped["unjudged"] += 1
         else:
-            chosen.append((item, verdict))
+            chosen.append((item, known[item.response.response_id]))
     return chosen, dropped
 
 
-def _scored(
-    judged: Sequence[Judged], scores: Mapping[str, float], *, version: int, max_age: int
-) -> tuple[list[tuple[Judged, float | None]], Counter[str]]:
-    """Return the responses that have a score and are young enough, and how many are not; a verdict they need not."""
-    dropped: Counter[str] = Counter()
-    chosen: list[tuple[Judged, float | None]] = []
-    for item in judged:
-        score = scores.get(item.response.response_id)
-        if age_of(item.response, version=version) > max_age:
-            dropped["stale"] += 1
-        elif score is None:
-            dropped["unjudged"] += 1
-        else:
-            chosen.append((item, score))
-    return chosen, dropped
+def _with_label(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
+    return {verdict.response_id: verdict for verdict in verdicts if verdict.label is not None}
 
 
 def _tokens(responses: Sequence[Response]) -> dict[str, Any]:
