@@ -3,8 +3,8 @@
     y = W x + (alpha / rank) · B (A x)       W [out, in] of the frozen base, A [rank, in], B [out, rank] and 0 at first
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Names and files are those that
-peft writes and vLLM reads. Knows neither of them: who trains an adapter is trainers/lora.py, who answers with it the
-engine.
+peft writes and vLLM reads. Knows neither of them: who trains an adapter is trainers/ranks/lora.py, who answers with it
+the engine.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from benchmarks.training_step import demo_pairs
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.batches import PairRows, TrainingPlan, micro_batches, pair_rows
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.shared_prompts import joined, logprobs
+from trainers.ranks.shared_prompts import joined, logprobs
 
 TOLERANCE = 1e-3
 """Nats, between two ways to compute a response's log-prob in fp32."""
@@ -66,7 +66,7 @@ def packed(model: Any, rows: PairRows, chosen: Sequence[int]) -> Tensor:
 
 
 def shared(model: Any, rows: PairRows, chosen: Sequence[int]) -> Tensor:
-    """Return the same of one row for each pair, in which its prompt stands once (trainers.shared_prompts)."""
+    """Return the same of one row for each pair, in which its prompt stands once (trainers.ranks.shared_prompts)."""
     both = rows.pad(chosen)
     found = logprobs(model, both, joined(both), temperature=1.0, device=torch.device("cpu"))
     return sequence_logprobs(found, both.mask)

@@ -42,8 +42,8 @@ from serve.report_chart import (
 from serve.report_journal import Journal, cell_name
 from serve.report_samples import LIVE, PROPOSALS, link
 from serve.report_words import DASH, TRAINED_ROWS, count, material_of_rows, share_of
+from trainers.feedback.training_data import Material
 from trainers.summary import IterationMetrics
-from trainers.training_data import Material
 
 _FATES = {
     "all_pass": report_journal.ALL_PASS,

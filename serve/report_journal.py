@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.rubrics import FAIL, PASS
-from trainers.training_data import Material
+from trainers.feedback.training_data import Material
 
 AGREEMENT = "agreement"
 """The set of live answers on which the critic is compared with truth."""
@@ -220,7 +220,7 @@ def _expert(verdict: Mapping[str, Any], *, critic: str) -> str:
 
 
 def _fates(verdicts: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return what became of each answer; `trainers.preferences` says when a query gives no pair."""
+    """Return what became of each answer; `trainers.feedback.preferences` says when a query gives no pair."""
     fates = {row["chosen_id"]: CHOSEN for row in pairs} | {row["rejected_id"]: REJECTED for row in pairs}
     labels: defaultdict[str, set[str]] = defaultdict(set)
     for row in verdicts:
@@ -234,7 +234,7 @@ def _fates(verdicts: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, A
 
 
 def _fate_alone(label: str | None, material: Material) -> str:
-    """Return what became of an answer that stands for itself (`trainers.training_data`)."""
+    """Return what became of an answer that stands for itself (`trainers.feedback.training_data`)."""
     if label is None:
         return UNJUDGED
     return TRAINED if label == PASS or material in ("samples", "groups") else FAILS

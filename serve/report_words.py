@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainers.feedback.training_data import Material
 from trainers.statistics import Share, wilson
 from trainers.summary import IterationMetrics
-from trainers.training_data import Material
 
 DASH = "–"
 """Stands for what was not measured."""

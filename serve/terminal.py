@@ -37,7 +37,7 @@ MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[
 
 
 UPDATE_ROWS = {"pairs": "pairs", "samples": "scored answers", "groups": "groups", "accepted": "accepted answers"}
-"""What an update's rows are, by `trainers.training_data.Material`."""
+"""What an update's rows are, by `trainers.feedback.training_data.Material`."""
 
 
 def harmless(text: str) -> str:

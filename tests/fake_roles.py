@@ -52,17 +52,17 @@ from cluster.weights import ParityProbe, WeightAnswer, WeightManifest, parity
 from tests.fake_pool import spoken
 from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
+from trainers.feedback.objectives import ObjectivesConfig
+from trainers.feedback.preferences import PreferenceConfig
+from trainers.feedback.reward_config import RewardConfig
+from trainers.feedback.reward_model import RewardModel, read_response
+from trainers.feedback.selection import SelectionConfig
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
-from trainers.kl_probe import KlReached
 from trainers.loop_state import STAGES
 from trainers.losses import load_loss
-from trainers.objectives import ObjectivesConfig
-from trainers.preferences import PreferenceConfig
 from trainers.progress import Silent, StopSignal
-from trainers.reward_config import RewardConfig
-from trainers.reward_model import RewardModel, read_response
-from trainers.selection import SelectionConfig
+from trainers.ranks.kl_probe import KlReached
 from trainers.training_config import ReferenceWeights
 from trainers.training_group import StepReport, TrainingPlan, UpdateReport
 

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCW
 
 from actors.engine import EngineActor, make_vllm_engine
 from actors.engine_config import EngineConfig
-from trainers.deepspeed_worker import DeepSpeedRank
+from trainers.ranks.deepspeed_worker import DeepSpeedRank
 
 
 @dataclass

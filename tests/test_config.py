@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ConfigError, Settings, describe, flag_settings, layered, plugin_names, read_settings
+from trainers.feedback.training_data import material_of
 from trainers.run_config import RunConfig, load_run_config, read_resolved
-from trainers.training_data import material_of
 
 
 def written(folder: Path, text: str, name: str = "a.toml") -> Path:

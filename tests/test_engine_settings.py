@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainers.engine_settings import engine_settings
+from trainers.ranks.engine_settings import engine_settings
 from trainers.training_config import TrainingConfig
 
 

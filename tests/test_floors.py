@@ -14,7 +14,7 @@ VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "base"
 # Where an engine may be imported, so that `import trainers.losses.dpo` costs none.
 ENGINES = {
     "vllm": {"actors/engine.py", "serve/learner_engine.py"},
-    "deepspeed": {"trainers/deepspeed_engine.py"},
+    "deepspeed": {"trainers/ranks/deepspeed_engine.py"},
 }
 
 

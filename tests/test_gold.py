@@ -177,7 +177,7 @@ def test_the_exceptions_are_all_in_use() -> None:
         ("actors/oversight.py", "from actors.records import EvaluationAnswer", 1),
         ("actors/attacks/new.py", "self.domain.difficulty(query)", 1),
         ("trainers/bootstrap.py", "rows = [checker.solution(query) for query in queries]", 1),
-        ("trainers/preferences.py", "checker = gold.checker_for(Purpose.EVALUATION)", 2),
+        ("trainers/feedback/preferences.py", "checker = gold.checker_for(Purpose.EVALUATION)", 2),
         ("trainers/bootstrap.py", "domain.seeds(cell, split=Split.SEALED, num=1, seed=0)", 1),
         ("trainers/driver.py", "live_sample(a, checker=self._gold.checker_for(Purpose.EVALUATION))", 0),
         ("trainers/driver.py", "build_pairs(a, checker=self._gold.checker_for(Purpose.EVALUATION))", 1),

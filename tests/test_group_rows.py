@@ -17,7 +17,7 @@ from trainers.group_rows import GroupRows, group_rows
 from trainers.importance import ImportanceConfig
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.losses import GroupBatch, LossOutput, load_loss
-from trainers.update_start import Reference, corrected, rows_for
+from trainers.ranks.update_start import Reference, corrected, rows_for
 
 VOCABULARY = 17
 LOSSES = pytest.mark.parametrize("name", ["pro", "exo_group"])

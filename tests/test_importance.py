@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.pair_tables import pair_table
 from trainers.batches import pair_rows
 from trainers.importance import ImportanceConfig, correction
-from trainers.update_start import Reference, corrected
+from trainers.ranks.update_start import Reference, corrected
 
 LOG_RATIOS = np.array([0.0, math.log(2.0), math.log(5.0), -1.0, 0.0])
 STALE = np.array([True, True, True, True, False])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trainers.batches import TrainingPlan, pair_rows, sample_rows, token_rows
-from trainers.deepspeed_worker import DeepSpeedRank, TableRef, _Update
 from trainers.kl import KlBudget
-from trainers.kl_probe import KlProbe, KlReached, distributions, divergence, exceeded, probe_rows
 from trainers.losses import dpo, load_loss
+from trainers.ranks.deepspeed_worker import DeepSpeedRank, TableRef, _Update
+from trainers.ranks.kl_probe import KlProbe, KlReached, distributions, divergence, exceeded, probe_rows
 
 P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
 PAIRS = pa.table(

@@ -16,8 +16,8 @@ from torch import Tensor
 from trainers.batches import micro_batches, sample_rows, token_rows
 from trainers.label_rows import LabelRows, item_places, label_rows, predictors, target_logits
 from trainers.losses import LabelBatch, LossOutput, TwoPassLoss, load_loss
+from trainers.ranks.update_start import rows_for
 from trainers.training_group import TrainingPlan
-from trainers.update_start import rows_for
 
 VOCABULARY = 17
 CASES = pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from cluster.config import ConfigError
 from cluster.weight_transfer import Ends, choose_transfer
 from tests.tiny_models import write_gpt2, write_llama
 from trainers.base_model import BaseModelConfig, write_base_model
-from trainers.lora import (
+from trainers.memory_estimate import bootstrap_shape, checkpoint_bytes, num_trained, training_memory
+from trainers.ranks.lora import (
     LoraConfig,
     adapter_parameters,
     add_adapter,
@@ -33,11 +34,10 @@ from trainers.lora import (
     merged_parameters,
     without_adapter,
 )
-from trainers.memory_estimate import bootstrap_shape, checkpoint_bytes, num_trained, training_memory
+from trainers.ranks.value_head import NAME as VALUE_HEAD
+from trainers.ranks.value_head import add_value_head
 from trainers.run_config import RunConfig, load_run_config, sharing
 from trainers.training_config import TrainingConfig
-from trainers.value_head import NAME as VALUE_HEAD
-from trainers.value_head import add_value_head
 
 IDS = torch.tensor([[7, 8, 9, 10, 31, 45]])
 SMALL = LoraConfig(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))

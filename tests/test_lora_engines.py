@@ -17,7 +17,7 @@ from cluster.weight_sync import SyncFailed, sync_weights
 from cluster.weights import ParityProbe, WeightManifest, put_weights
 from tests.published_learner import BOUND, PublishedLearner, answers, assert_made_by
 from tests.tiny_models import write_llama
-from trainers.lora import LoraConfig, adapter_parameters, add_adapter
+from trainers.ranks.lora import LoraConfig, adapter_parameters, add_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_session")]
 

@@ -19,8 +19,8 @@ from cluster.weights import iter_tensors
 from tests.one_loop import Loop
 from tests.test_training_group_rl import Toy
 from tests.tiny_models import write_llama
-from trainers.lora import LoraConfig
 from trainers.losses import bradley_terry, dpo, ppo
+from trainers.ranks.lora import LoraConfig
 from trainers.training_config import ReferenceWeights
 from trainers.training_group import (
     CorruptCheckpoint,

@@ -25,8 +25,7 @@ from tests.refused_settings import problems_of
 from tests.small_records import make_judged, make_query, make_verdict
 from trainers.batches import TrainingPlan, pair_rows
 from trainers.driver import Stopped
-from trainers.losses import PairBatch, cdpo, dpo, rdpo
-from trainers.mixed_feedback import (
+from trainers.feedback.mixed_feedback import (
     ErrorRates,
     MixConfig,
     double_labelled,
@@ -37,15 +36,16 @@ from trainers.mixed_feedback import (
     powered_mean,
     tally,
 )
-from trainers.mixed_plan import plan_with_share
-from trainers.objectives import ObjectivesConfig
-from trainers.preferences import Pairs, PreferenceConfig, build_pairs
+from trainers.feedback.mixed_plan import plan_with_share
+from trainers.feedback.objectives import ObjectivesConfig
+from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
+from trainers.feedback.selection import SelectionConfig
+from trainers.feedback.training_data import of_pairs
+from trainers.losses import PairBatch, cdpo, dpo, rdpo
 from trainers.progress import StopSignal
+from trainers.ranks.update_start import each_row_once
 from trainers.run_config import load_run_config
-from trainers.selection import SelectionConfig
 from trainers.summary import read_metrics
-from trainers.training_data import of_pairs
-from trainers.update_start import each_row_once
 
 
 def expert_label(response_id: str, label: str | None) -> ExpertLabel:

@@ -24,7 +24,7 @@ from tests.pair_tables import pair_table
 from tests.refused_settings import problems_of
 from tests.small_records import make_critique, make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows
-from trainers.objectives import (
+from trainers.feedback.objectives import (
     Moments,
     ObjectivesConfig,
     RunningScores,
@@ -36,8 +36,8 @@ from trainers.objectives import (
     tchebycheff,
     with_margins,
 )
+from trainers.feedback.training_data import of_samples
 from trainers.run_config import load_run_config
-from trainers.training_data import of_samples
 
 FRONT = {"a": (1.0, 0.0), "b": (0.4, 0.4), "c": (0.0, 1.0)}
 """Three points of a concave front: b lies below the line from a to c."""

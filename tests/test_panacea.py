@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import write_llama
-from trainers.panacea import (
+from trainers.ranks.panacea import (
     PanaceaConfig,
     PanaceaLinear,
     adapter_parameters,

@@ -803,7 +803,7 @@ class FarReplica:
 
 def group_of(ranks: Sequence[Any]) -> TrainingGroup:
     """Return a group whose ranks are hand-written."""
-    from trainers.deepspeed_worker import RankInfo
+    from trainers.ranks.deepspeed_worker import RankInfo
 
     group = TrainingGroup(config=TrainingConfig(num_ranks=len(ranks)), source=ModelSource(path="m"))
     group._ranks = list(ranks)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.records import Response, Verdict
 from tests.small_records import make_query, make_response, make_verdict
-from trainers.preferences import Pairs, PreferenceConfig, build_pairs
+from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
 
 Scored = tuple[float | None, str]
 """P(good) and text of a response."""

@@ -12,8 +12,8 @@ from tests.tiny_models import write_llama
 from trainers.batches import Padded, pair_rows
 from trainers.kl import KlControl
 from trainers.losses import dpo, grpo
-from trainers.reference_cache import ReferenceCache, weights_digest
-from trainers.update_start import at_price, next_price
+from trainers.ranks.reference_cache import ReferenceCache, weights_digest
+from trainers.ranks.update_start import at_price, next_price
 
 
 def pairs(*, prompt: list[int]) -> Padded:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from trainers.rejection_sampling import acceptance, rejection_sample
+from trainers.feedback.rejection_sampling import acceptance, rejection_sample
 
 REFERENCE = np.array([0.2, 0.3, 0.5])
 REWARDS = np.array([1.0, 0.5, 0.0])

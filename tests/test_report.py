@@ -27,7 +27,7 @@ from serve.report_samples import DIMENSIONS, MOST_CHARACTERS, ROOM, Room, link, 
 from serve.report_story import story
 from serve.visible_text import visible
 from tests.synthetic_run import RIGHT, WRONG, make_row, make_summary, write_journal, write_start
-from trainers.mixed_feedback import powered_mean
+from trainers.feedback.mixed_feedback import powered_mean
 from trainers.statistics import paired_gain, wilson
 from trainers.summary import FeedbackMetrics, GainSummary, IterationMetrics, append_metrics, write_summary
 

@@ -14,7 +14,7 @@ from actors.records import PreferencePair, Reward, from_table
 from cluster.commits import last_commit
 from cluster.store import read_stage
 from tests.fake_roles import Settings, fake_run, write_blank_run
-from trainers.reward_config import RewardConfig
+from trainers.feedback.reward_config import RewardConfig
 from trainers.summary import read_metrics
 
 SETTINGS = Settings(iterations=3, reward=RewardConfig(kind="model"))

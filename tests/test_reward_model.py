@@ -26,12 +26,9 @@ from tests.machines import TWO_CORES
 from tests.small_records import make_judged, make_verdict
 from tests.tiny_models import write_llama
 from trainers.batches import TrainingPlan, pair_rows, sample_rows
-from trainers.losses import bradley_terry
-from trainers.model_source import ModelSource, load_model, longest_sequence, max_positions
-from trainers.plan import plan_run
-from trainers.preferences import PreferenceConfig, build_pairs
-from trainers.reward_config import RewardConfig, reward_problems
-from trainers.reward_model import (
+from trainers.feedback.preferences import PreferenceConfig, build_pairs
+from trainers.feedback.reward_config import RewardConfig, reward_problems
+from trainers.feedback.reward_model import (
     Reading,
     Rewarded,
     RewardModel,
@@ -42,10 +39,13 @@ from trainers.reward_model import (
     read_response,
     reward_table,
 )
+from trainers.feedback.training_data import of_samples
+from trainers.losses import bradley_terry
+from trainers.plan import plan_run
+from trainers.ranks.model_source import ModelSource, load_model, longest_sequence, max_positions
+from trainers.ranks.sequence_scores import last_targets, sequence_scores
+from trainers.ranks.value_head import add_value_head
 from trainers.run_config import load_run_config
-from trainers.sequence_scores import last_targets, sequence_scores
-from trainers.training_data import of_samples
-from trainers.value_head import add_value_head
 
 RUN = "run"
 

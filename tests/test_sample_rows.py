@@ -12,8 +12,8 @@ import torch
 from trainers.batches import SampleRows, sample_rows
 from trainers.losses import TokenBatch, grpo, load_loss, ppo, relc, rloo
 from trainers.policy_gradient import PolicyLoss
+from trainers.ranks.update_start import each_row_once, estimated
 from trainers.training_group import TrainingPlan
-from trainers.update_start import each_row_once, estimated
 
 
 def table(**columns: Any) -> pa.Table:

@@ -16,7 +16,7 @@ from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
 from tests.pair_tables import pair_table
 from tests.refused_settings import problems_of
 from tests.small_records import make_judged, make_verdict
-from trainers.selection import (
+from trainers.feedback.selection import (
     SelectionConfig,
     agreeing,
     cross_selected,
@@ -27,8 +27,8 @@ from trainers.selection import (
     select_responses,
     smallest,
 )
+from trainers.feedback.training_data import of_accepted
 from trainers.summary import read_metrics
-from trainers.training_data import of_accepted
 
 
 def test_a_verdict_stays_where_enough_of_its_critiques_say_the_same() -> None:

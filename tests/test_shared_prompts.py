@@ -17,7 +17,7 @@ from tests.fake_roles import step_report
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
 from trainers.batches import pair_rows
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.shared_prompts import check, joined, logprobs
+from trainers.ranks.shared_prompts import check, joined, logprobs
 from trainers.training_group import UpdateReport
 
 CPU = torch.device("cpu")

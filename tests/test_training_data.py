@@ -13,9 +13,8 @@ from actors.records import Issue, Verdict
 from cluster.config import plugin_names
 from tests.small_records import make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows, token_rows
-from trainers.group_rows import group_rows
-from trainers.preferences import PreferenceConfig, build_pairs
-from trainers.training_data import (
+from trainers.feedback.preferences import PreferenceConfig, build_pairs
+from trainers.feedback.training_data import (
     TrainingData,
     learns_from_equals,
     material_of,
@@ -25,6 +24,7 @@ from trainers.training_data import (
     of_samples,
     reads_spans,
 )
+from trainers.group_rows import group_rows
 
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
 

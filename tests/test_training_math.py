@@ -17,7 +17,7 @@ from tests.tiny_models import write_llama
 from trainers.batches import PairRows, lay_out, pair_rows
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.losses import dpo
-from trainers.model_source import ModelSource, load_model
+from trainers.ranks.model_source import ModelSource, load_model
 from trainers.training_config import TrainingConfig, learning_rate
 
 PAIRS = {

@@ -241,7 +241,7 @@ class Padded(NamedTuple):
     is_pairs: bool = False
     """Sequence b has its prompt in common with sequence b + S / 2."""
     num_shared_tokens: int = 0
-    """Of the real tokens, those that no pass computes: another sequence's are the same (trainers.shared_prompts)."""
+    """Of the real tokens, those that no pass computes: another sequence's are the same (ranks/shared_prompts.py)."""
 
     @property
     def num_unpadded_tokens(self) -> int:

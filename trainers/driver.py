@@ -60,21 +60,13 @@ from trainers.evaluation import (
     cell_counts,
     live_sample,
 )
-from trainers.gpu_turns import GpuTurns
-from trainers.importance import ImportanceConfig
-from trainers.journal import Journal
-from trainers.loop_config import LoopConfig
-from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
-from trainers.mixed_feedback import error_rates, failure_share, tally
-from trainers.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
-from trainers.pair_feedback import PairFeedback
-from trainers.preferences import Pairs, PreferenceConfig, build_pairs
-from trainers.progress import Progress, StopSignal
-from trainers.reward_model import RewardModel
-from trainers.selection import SelectionConfig, Trusted, agreeing, select_responses
-from trainers.summary import FeedbackMetrics, IterationMetrics, append_metrics, rewind_metrics
-from trainers.training_config import ReferenceWeights
-from trainers.training_data import (
+from trainers.feedback.mixed_feedback import error_rates, failure_share, tally
+from trainers.feedback.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
+from trainers.feedback.pair_feedback import PairFeedback
+from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
+from trainers.feedback.reward_model import RewardModel
+from trainers.feedback.selection import SelectionConfig, Trusted, agreeing, select_responses
+from trainers.feedback.training_data import (
     TrainingData,
     learns_from_equals,
     material_of,
@@ -84,6 +76,14 @@ from trainers.training_data import (
     of_samples,
     reads_spans,
 )
+from trainers.gpu_turns import GpuTurns
+from trainers.importance import ImportanceConfig
+from trainers.journal import Journal
+from trainers.loop_config import LoopConfig
+from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
+from trainers.progress import Progress, StopSignal
+from trainers.summary import FeedbackMetrics, IterationMetrics, append_metrics, rewind_metrics
+from trainers.training_config import ReferenceWeights
 from trainers.training_group import TrainingGroup, UpdateReport
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Prepared:
     pairs: Sequence[PreferencePair] = ()
     """What the reward model learns from first; none without one."""
     reward: Mapping[str, float] = field(default_factory=dict)
-    """What there is to say of it once it has learnt (`trainers.reward_model.Rewarded`)."""
+    """What there is to say of it once it has learnt (`trainers.feedback.reward_model.Rewarded`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,7 @@ class KlControl(Config):
 
 
 class KlBudget(Config):
-    """How far an update may move the weights, in nats per response (trainers.kl_probe); beyond, its steps are left out.
+    """How far an update may move the weights, in nats per response (ranks/kl_probe.py); beyond, its steps are left out.
 
     The defaults are ours.
     """

@@ -24,8 +24,8 @@ from actors.records import (
     Verdict,
     from_table,
 )
-from trainers.objectives import RunningScores
-from trainers.preferences import age_of
+from trainers.feedback.objectives import RunningScores
+from trainers.feedback.preferences import age_of
 
 STAGES = {
     "proposals": (Proposal, "proposal_id"),
@@ -110,7 +110,7 @@ class LoopState:
     gold: Counter[str] = field(default_factory=Counter)
     parity_max_abs_diff: float = 0.0
     checked: Counter[str] = field(default_factory=Counter)
-    """The critic's verdicts that experts checked on answers drawn at random (`trainers.mixed_feedback.tally`)."""
+    """The critic's verdicts that experts checked on answers drawn at random (`feedback.mixed_feedback.tally`)."""
     scores: RunningScores = field(default_factory=RunningScores)
     """What each objective's scores were like so far (`objectives` of a run's config)."""
     wall_s: dict[str, float] = field(default_factory=dict)

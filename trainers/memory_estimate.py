@@ -37,7 +37,7 @@ SERVE_BYTES = 910 * MIB
 GPU_OVERHEAD_BYTES = 2 * GIB
 """CUDA context, kernels and activations of an engine on a GPU; not measured: vLLM measures its own at the start."""
 BUCKET_ELEMENTS = 50_000_000
-"""Greatest communication bucket of the learner's ranks (trainers/engine_settings.py)."""
+"""Greatest communication bucket of the learner's ranks (trainers/ranks/engine_settings.py)."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters, left at its default."""

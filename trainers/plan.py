@@ -22,6 +22,7 @@ from cluster.commits import NUM_CHECKPOINTS_KEPT
 from cluster.machine import Gpu, Machine, gib, nearest_folder
 from cluster.ray_config import address_to_join
 from cluster.weight_transfer import Ends, Transfer, checked_transfer, usable_backends
+from trainers.feedback.training_data import Material, material_of
 from trainers.gpu_turns import shared_bundles
 from trainers.memory_estimate import (
     BYTES,
@@ -50,7 +51,6 @@ from trainers.memory_estimate import (
 )
 from trainers.run_config import BOOTSTRAP, RunConfig, sharing, tenants
 from trainers.training_config import TrainingConfig
-from trainers.training_data import Material, material_of
 
 REWARD = "reward"
 """What a plan calls the ranks of the reward model."""

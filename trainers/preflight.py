@@ -20,7 +20,7 @@ from actors.model_directory import check_model_directory, check_weights, context
 from cluster.config import ConfigError
 from cluster.ray_config import address_to_join
 from cluster.room import NAMES, Demand, Need, RayDemand, Room, shortages
-from trainers.lora import check_targets
+from trainers.ranks.lora import check_targets
 from trainers.run_config import BOOTSTRAP, RunConfig, adapters
 from trainers.tracking_config import missing_trackers
 

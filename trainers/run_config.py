@@ -38,27 +38,27 @@ from cluster.scaling import AutoscaleConfig
 from cluster.weight_transfer import WeightSyncConfig
 from trainers.base_model import BaseModelConfig, BootstrapConfig
 from trainers.evaluation import EvaluationConfig
-from trainers.feedback_checks import (
+from trainers.feedback.checks import (
     mix_problems,
     objectives_problems,
     oversight_problems,
     selection_problems,
     span_problems,
 )
+from trainers.feedback.objectives import ObjectivesConfig
+from trainers.feedback.preferences import PreferenceConfig
+from trainers.feedback.reward_config import LOSS as REWARD_LOSS
+from trainers.feedback.reward_config import RewardConfig, reward_problems
+from trainers.feedback.selection import SelectionConfig
+from trainers.feedback.training_data import material_of
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
-from trainers.lora import LoraConfig
 from trainers.losses import forward_correction, load_loss
-from trainers.objectives import ObjectivesConfig
 from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
-from trainers.preferences import PreferenceConfig
-from trainers.reward_config import LOSS as REWARD_LOSS
-from trainers.reward_config import RewardConfig, reward_problems
-from trainers.selection import SelectionConfig
+from trainers.ranks.lora import LoraConfig
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
 from trainers.training_config import ReferenceWeights, TrainingConfig
-from trainers.training_data import material_of
 
 if TYPE_CHECKING:
     from cluster.config import PluginConfig

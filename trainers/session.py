@@ -44,14 +44,14 @@ from trainers import loop_metrics, statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles, Stopped
 from trainers.evaluation import evaluation_sets
+from trainers.feedback.reward_model import RewardModel, first_critique, read_response
 from trainers.gpu_turns import GpuTurns, share_gpus
 from trainers.live import Live
 from trainers.loop_state import STAGES, LoopState, WallClock
-from trainers.model_source import longest_sequence
 from trainers.plan import planned_transfer
 from trainers.preflight import await_room, model_record
 from trainers.progress import Progress, StopSignal
-from trainers.reward_model import RewardModel, first_critique, read_response
+from trainers.ranks.model_source import longest_sequence
 from trainers.run_config import BOOTSTRAP, RunConfig, sharing, tenants
 from trainers.summary import (
     BeforeAfter,

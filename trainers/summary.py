@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError
 
 from cluster.config import Config
 from cluster.durable_files import write_bytes_atomic
-from trainers.mixed_feedback import PoweredMean
+from trainers.feedback.mixed_feedback import PoweredMean
+from trainers.feedback.training_data import Material
 from trainers.statistics import Agreement, PairedGain
-from trainers.training_data import Material
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
 from cluster.node_labels import checked_labels
-from trainers.lora import LoraConfig
+from trainers.ranks.lora import LoraConfig
 
 ReferenceWeights: TypeAlias = Literal["start_of_update", "bootstrap"]
 """Which weights the reference's log-probs are of: those at the update's start, or the first that the group had."""

@@ -1,6 +1,6 @@
 """Owns the handle of a training group: N ranks of one DeepSpeed engine, placed together, called together.
 
-    TrainingGroup ──► rank 0 … rank N-1 (Ray actors, trainers/deepspeed_worker.py)
+    TrainingGroup ──► rank 0 … rank N-1 (Ray actors, trainers/ranks/deepspeed_worker.py)
 
 Every call has a deadline. When a rank dies, hangs or fails, all are killed and TrainingGroupError says what the rank
 said last: half a group can only hang. Knows nothing of DeepSpeed, nor of what is trained or why.
@@ -31,14 +31,14 @@ from cluster.ray_runtime import worker_stderr
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightAnswer, WeightManifest, Weights
 from trainers.batches import PlannedStep, Slot, TrainingPlan
-from trainers.checkpoint_files import CorruptCheckpoint
-from trainers.deepspeed_worker import DeepSpeedRank, RankInfo, StepReport, TableRef, TrainingDiverged
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
-from trainers.kl_probe import KlReached, exceeded
 from trainers.losses import load_loss
-from trainers.model_source import ModelSource
-from trainers.rendezvous import Rendezvous
+from trainers.ranks.checkpoint_files import CorruptCheckpoint
+from trainers.ranks.deepspeed_worker import DeepSpeedRank, RankInfo, StepReport, TableRef, TrainingDiverged
+from trainers.ranks.kl_probe import KlReached, exceeded
+from trainers.ranks.model_source import ModelSource
+from trainers.ranks.rendezvous import Rendezvous
 from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 
 __all__ = [

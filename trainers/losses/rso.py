@@ -2,7 +2,7 @@
 
 L = max(0, 1 - gamma * delta), delta = h_w - h_l, h = log pi - log ref: SLiC's hinge on DPO's log-ratios. A pair whose
 margin has come to 1 / gamma nats costs nothing more. The pairs that the paper trains it on come from rejection sampling
-(trainers/rejection_sampling.py); with the other loss that it tries, the sigmoid one, this is dpo.
+(trainers/feedback/rejection_sampling.py); with the other loss that it tries, the sigmoid one, this is dpo.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, .
     left = set(range(num_rows))
     for planned in plan.steps:
         if planned.epoch == 0:
-            # A plan may have a row in several steps (trainers.mixed_plan).
+            # A plan may have a row in several steps (trainers.feedback.mixed_plan).
             if fresh := tuple(row for row in planned.rows if row in left):
                 yield fresh
             left -= set(fresh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainers.reference_cache import ReferenceCache
+from trainers.ranks.reference_cache import ReferenceCache
 
 
 class FirstWeights:

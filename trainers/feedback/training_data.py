@@ -1,7 +1,7 @@
 """Owns what an update trains on: an iteration's records as the rows that its loss takes.
 
     a loss of …                       takes
-    pairs, unpaired responses         the preference pairs (trainers.preferences)
+    pairs, unpaired responses         the preference pairs (trainers.feedback.preferences)
     scored samples (policy gradient)  every response with a score, its verdict's or a reward model's, copies too: they
                                       are the policy's
     groups                            each query with its judged responses, each text once, and their verdicts' scores
@@ -29,9 +29,9 @@ import pyarrow as pa
 from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Response, Verdict, to_table
 from actors.rubrics import PASS
+from trainers.feedback.preferences import Pairs, age_of
 from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
 from trainers.policy_gradient import PolicyLoss
-from trainers.preferences import Pairs, age_of
 
 Known = TypeVar("Known")
 Material: TypeAlias = Literal["pairs", "samples", "groups", "accepted"]

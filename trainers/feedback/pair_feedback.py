@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from actors.oversight import EXPERT
 from actors.records import Verdict
-from trainers.mixed_feedback import MixConfig, error_rates, mixed
-from trainers.mixed_plan import plan_with_share
-from trainers.objectives import ObjectivesConfig, RunningScores, Scores, with_margins
-from trainers.preferences import Pairs
-from trainers.selection import SelectionConfig, select_pairs
-from trainers.training_data import TrainingData
+from trainers.feedback.mixed_feedback import MixConfig, error_rates, mixed
+from trainers.feedback.mixed_plan import plan_with_share
+from trainers.feedback.objectives import ObjectivesConfig, RunningScores, Scores, with_margins
+from trainers.feedback.preferences import Pairs
+from trainers.feedback.selection import SelectionConfig, select_pairs
+from trainers.feedback.training_data import TrainingData
 from trainers.training_group import TrainingPlan
 
 

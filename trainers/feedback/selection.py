@@ -18,7 +18,7 @@ from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Response, Verdict
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
-from trainers.training_data import TrainingData
+from trainers.feedback.training_data import TrainingData
 
 
 class SelectionConfig(Config):

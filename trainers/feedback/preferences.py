@@ -24,7 +24,7 @@ from actors.oversight import EXPERT
 from actors.records import PreferencePair, Query, Response, Verdict, lineage_id
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
-from trainers.mixed_feedback import MixConfig
+from trainers.feedback.mixed_feedback import MixConfig
 
 
 class PreferenceConfig(Config):

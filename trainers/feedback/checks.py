@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from actors.oversight import CONTROLS, OversightConfig
 from cluster.config import Config, plugin_names
+from trainers.feedback.mixed_feedback import MixConfig
+from trainers.feedback.objectives import ObjectivesConfig
+from trainers.feedback.selection import SelectionConfig
+from trainers.feedback.training_data import material_of, reads_spans
 from trainers.losses import PairBatch, load_loss
 from trainers.losses.modpo import Config as ModpoConfig
-from trainers.mixed_feedback import MixConfig
-from trainers.objectives import ObjectivesConfig
-from trainers.selection import SelectionConfig
-from trainers.training_data import material_of, reads_spans
 
 DRAWS = ("escalation", "shuffled")
 """Kinds of oversight that put answers drawn at random before experts."""

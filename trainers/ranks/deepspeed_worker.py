@@ -1,6 +1,6 @@
 """Owns one rank of a training group: a DeepSpeed engine over a Hugging Face model, in its own process.
 
-DeepSpeed itself is imported by trainers/deepspeed_engine.py alone. Knows nothing of who calls it
+DeepSpeed itself is imported by trainers/ranks/deepspeed_engine.py alone. Knows nothing of who calls it
 (trainers/training_group.py) or of what the rows mean (trainers/batches.py).
 
 Every method that computes is a collective: all ranks must be called alike.
@@ -34,7 +34,6 @@ from cluster.config import Config
 from cluster.durable_files import FileDigest, write_json_atomic
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest, put_weights
-from trainers import shared_prompts
 from trainers.batches import (
     MicroBatch,
     Padded,
@@ -48,34 +47,10 @@ from trainers.batches import (
     sample_rows,
     sequence_rows,
 )
-from trainers.checkpoint_files import (
-    MANIFEST,
-    CorruptCheckpoint,
-    copy_tokenizer,
-    digest_problem,
-    files_of,
-    fresh_beside,
-    listing_problems,
-    publish_directory,
-    read_manifest,
-    synced_digest,
-)
-from trainers.deepspeed_engine import (
-    build_engine,
-    convert_to_universal,
-    import_deepspeed,
-    join_deepspeed,
-    put_aside,
-    repair_universal,
-    whole_parameter,
-)
-from trainers.first_weights import FirstWeights
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
-from trainers.kl_probe import KlProbe, KlReached, distributions, probe_rows
 from trainers.label_rows import LabelRows, item_places, target_logits
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.lora import adapter_parameters, add_adapter, base_checksum, merged_parameters, without_adapter
 from trainers.losses import (
     GroupBatch,
     LabelBatch,
@@ -88,14 +63,38 @@ from trainers.losses import (
     UnpairedBatch,
     load_loss,
 )
-from trainers.model_source import ModelSource, load_model, max_positions
 from trainers.policy_gradient import PolicyLoss
-from trainers.random_states import random_states, restore_random_states, seed_all
-from trainers.reference_cache import weights_digest
-from trainers.rendezvous import Rendezvous, join, meet_by, node_address, tcp_store
-from trainers.sequence_scores import refuse_headless, sequence_scores
-from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
-from trainers.update_start import (
+from trainers.ranks import shared_prompts
+from trainers.ranks.checkpoint_files import (
+    MANIFEST,
+    CorruptCheckpoint,
+    copy_tokenizer,
+    digest_problem,
+    files_of,
+    fresh_beside,
+    listing_problems,
+    publish_directory,
+    read_manifest,
+    synced_digest,
+)
+from trainers.ranks.deepspeed_engine import (
+    build_engine,
+    convert_to_universal,
+    import_deepspeed,
+    join_deepspeed,
+    put_aside,
+    repair_universal,
+    whole_parameter,
+)
+from trainers.ranks.first_weights import FirstWeights
+from trainers.ranks.kl_probe import KlProbe, KlReached, distributions, probe_rows
+from trainers.ranks.lora import adapter_parameters, add_adapter, base_checksum, merged_parameters, without_adapter
+from trainers.ranks.model_source import ModelSource, load_model, max_positions
+from trainers.ranks.random_states import random_states, restore_random_states, seed_all
+from trainers.ranks.reference_cache import weights_digest
+from trainers.ranks.rendezvous import Rendezvous, join, meet_by, node_address, tcp_store
+from trainers.ranks.sequence_scores import refuse_headless, sequence_scores
+from trainers.ranks.update_start import (
     ComparedRows,
     Reference,
     at_price,
@@ -107,8 +106,9 @@ from trainers.update_start import (
     rows_for,
     temperature_of,
 )
-from trainers.value_head import NAME as VALUE_HEAD
-from trainers.value_head import add_value_head, aligned_values, policy_parameters
+from trainers.ranks.value_head import NAME as VALUE_HEAD
+from trainers.ranks.value_head import add_value_head, aligned_values, policy_parameters
+from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from actors.oversight import CONTROLS
 from cluster.config import Config, plugin_names
+from trainers.feedback.training_data import material_of
 from trainers.losses.bradley_terry import Config as BradleyTerryConfig
 from trainers.training_config import TrainingConfig
-from trainers.training_data import material_of
 
 LOSS = "bradley_terry"
 """What a reward model is trained on; no loss of a policy."""

@@ -1,7 +1,7 @@
 """Owns what knows DeepSpeed: its import, its engine over a model, its checkpoints for another number of ranks.
 
 The only module that imports DeepSpeed, and it does so when a rank starts: importing it here costs no engine. What the
-engine is told is trainers/engine_settings.py's; what is done with it, a rank's (trainers/deepspeed_worker.py).
+engine is told is engine_settings.py's; what is done with it, a rank's (deepspeed_worker.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers.engine_settings import engine_settings
-from trainers.muon import MuonAdamW
+from trainers.ranks.engine_settings import engine_settings
+from trainers.ranks.muon import MuonAdamW
 from trainers.training_config import TrainingConfig
 
 

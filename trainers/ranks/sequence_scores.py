@@ -27,7 +27,7 @@ def refuse_headless(config: TrainingConfig) -> None:
 
 
 def sequence_scores(model: Any, padded: Padded, *, device: torch.device) -> Tensor:
-    """Return [S] fp32 scores of padded sequences by a model with a value head (trainers.value_head).
+    """Return [S] fp32 scores of padded sequences by a model with a value head (trainers.ranks.value_head).
 
     Args:
         model: an engine or a module.

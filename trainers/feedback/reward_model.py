@@ -5,7 +5,7 @@
 
 It reads prompt and response, and where it is asked to (METHODS L-CRM; Ye et al. 2024, arXiv 2405.20850) the critique
 after them, when it learns and when it scores. A response is read whole, also where the pair that a policy is trained on
-would end at its flaw. Knows no DeepSpeed and no torch; trainers/sequence_scores.py says what a score is.
+would end at its flaw. Knows no DeepSpeed and no torch; trainers/ranks/sequence_scores.py says what a score is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from actors.critic import critique_id_of
 from actors.oversight import Judged
 from actors.records import PreferencePair, Reward, Verdict, draw_seed, lineage_id
 from trainers.batches import TrainingPlan
-from trainers.reward_config import LOSS, RewardConfig
+from trainers.feedback.reward_config import LOSS, RewardConfig
 
 if TYPE_CHECKING:
     from trainers.training_group import TrainingGroup

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from actors.oversight import Judged
 from actors.records import PreferencePair, Verdict
 from cluster.config import Config
-from trainers.training_data import TrainingData
+from trainers.feedback.training_data import TrainingData
 
 Objective: TypeAlias = Callable[[Judged, Verdict], float | None]
 """What a response is worth, more being better; None where it can't be said (never a low score)."""
