@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Protocol
 
 from actors.domains import Domain
@@ -35,6 +36,42 @@ class Rubric(Protocol):
 
 _PART = re.compile(r"([^?yn]*)\?([^?yn]*)([yn])")
 """A quoted part, the same recomputed, its mark."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkedPart:
+    """A part of an answer as a critique in step marks quotes it."""
+
+    start: int | None
+    """Where it is in the answer, from where the one before it ends, blanks apart; None: it is not there."""
+    quote: str
+    recomputed: str
+    mark: str
+    """"y" or "n"."""
+
+
+def _marked_parts(text: str, response: str) -> tuple[list[MarkedPart], int, int]:
+    """Return a critique's marked parts, the characters that they take of it, and of the answer."""
+    parts: list[MarkedPart] = []
+    end = cursor = 0
+    for match in _PART.finditer(text):
+        if match.start() != end:
+            break
+        end = match.end()
+        quote, recomputed, mark = match.groups()
+        start = response.find(quote, cursor) if quote else -1
+        there = start >= 0 and response[cursor:start].strip(" ") == ""
+        parts.append(MarkedPart(start=start if there else None, quote=quote, recomputed=recomputed, mark=mark))
+        if there:
+            cursor = start + len(quote)
+    return parts, end, cursor
+
+
+def praised_spans(text: str, response: str) -> tuple[tuple[int, int], ...]:
+    """Return (start, end) of the answer's parts that a critique in step marks quotes and found right, half-open."""
+    parts, _, _ = _marked_parts(text, response)
+    right = [part for part in parts if part.mark == "y"]
+    return tuple((part.start, part.start + len(part.quote)) for part in right if part.start is not None)
 
 
 def recomputed_parts(text: str) -> tuple[str, ...]:
@@ -66,35 +103,24 @@ class StepMarks:
     ) -> Critique:
         """Return the critique that a completion says; a quote that is not in the response drops its issue."""
         text = completion.text
-        parts, end = [], 0
-        for match in _PART.finditer(text):
-            if match.start() != end:
-                break
-            parts.append((match[1], match[2], match[3]))
-            end = match.end()
+        parts, end, cursor = _marked_parts(text, response.text)
         label = {"P": PASS, "F": FAIL}.get(text[end:])
-        issues, num_dropped, cursor, verified = [], 0, 0, True
-        for quote, recomputed, mark in parts:
-            start = response.text.find(quote, cursor) if quote else -1
-            if start < 0 or response.text[cursor:start].strip(" ") != "":
-                verified = False
-                num_dropped += mark == "n"
-                continue
-            cursor = start + len(quote)
-            if mark == "n":
-                issues.append(
-                    Issue(
-                        start=start,
-                        end=cursor,
-                        quote=quote,
-                        severity=3,
-                        category="step" if len(quote) > 1 else "result",
-                        explanation=f"recomputed from the query: {recomputed}",
-                        fix=recomputed,
-                    )
-                )
-        marked_bad = any(mark == "n" for _, _, mark in parts)
-        whole = verified and cursor == len(response.text)
+        faulted = [part for part in parts if part.mark == "n"]
+        issues = [
+            Issue(
+                start=part.start,
+                end=part.start + len(part.quote),
+                quote=part.quote,
+                severity=3,
+                category="step" if len(part.quote) > 1 else "result",
+                explanation=f"recomputed from the query: {part.recomputed}",
+                fix=part.recomputed,
+            )
+            for part in faulted
+            if part.start is not None
+        ]
+        marked_bad = bool(faulted)
+        whole = all(part.start is not None for part in parts) and cursor == len(response.text)
         consistent = label is not None and bool(parts) and (whole if label == PASS else True)
         consistent = consistent and marked_bad == (label == FAIL)
         scores = self._good_logprobs(completion, temperature=temperature)
@@ -112,7 +138,7 @@ class StepMarks:
             order="AB",
             critic_version=completion.weight_version,
             parse_ok=readable,
-            num_dropped_issues=num_dropped,
+            num_dropped_issues=len(faulted) - len(issues),
             cost_tokens=len(completion.token_ids),
         )
 

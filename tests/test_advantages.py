@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainers.advantages import (
-    Span,
     gae,
     group_centred,
     group_relative,
@@ -20,7 +19,6 @@ from trainers.advantages import (
     masked_sums,
     overlong_penalties,
     returns_to_go,
-    segment_rewards,
     token_rewards,
     whiten,
 )
@@ -195,58 +193,3 @@ def test_advantages_of_a_group_add_up_to_zero(values: list[float]) -> None:
     names = torch.zeros(len(values), dtype=torch.int64)
     for found in (group_relative(scores(*values), names), leave_one_out(scores(*values), names)):
         assert found.sum().item() == pytest.approx(0.0, abs=1e-9)
-
-
-# ------------------------------------------------------------------------------------------ critiques as rewards
-
-TEXT = "good, bad end"
-WORDS = ((0, 4), (4, 6), (6, 9), (9, 13), (13, 13))
-"""Characters of `good`, `, `, `bad`, ` end` and of an end-of-sequence without text."""
-
-
-def span(quote: str, *, sign: int, start: int | None = None) -> Span:
-    begin = TEXT.index(quote) if start is None else start
-    return Span(start=begin, end=begin + len(quote), quote=quote, sign=1 if sign > 0 else -1)
-
-
-def test_a_span_pays_on_its_last_token_or_on_all_of_them() -> None:
-    spans = [span("good", sign=1), span("bad end", sign=-1)]
-    assert segment_rewards(TEXT, WORDS, spans).rewards.tolist() == [1, 0, 0, -1, 0]
-    assert segment_rewards(TEXT, WORDS, spans, placement="spread").rewards.tolist() == [1, 0, -0.5, -0.5, 0]
-
-
-def test_a_part_of_a_token_is_enough_and_a_quote_must_match() -> None:
-    spans = [span("ood, b", sign=1), span("bad", sign=-1, start=5), span("", sign=-1, start=2), span("end", sign=1)]
-    found = segment_rewards(TEXT, WORDS, spans)
-    assert found.rewards.tolist() == [0, 0, 1, 1, 0]
-    assert found.num_dropped == 2
-
-
-def test_a_span_before_the_beginning_is_dropped() -> None:
-    found = segment_rewards("ab", ((0, 1), (1, 2)), [Span(start=-1, end=2, quote="b", sign=1)])
-    assert found.rewards.tolist() == [0, 0]
-    assert found.num_dropped == 1
-
-
-def test_overlapping_spans_of_opposite_sign_cancel_in_pairs() -> None:
-    spans = [span("good, bad", sign=1), span("bad", sign=-1), span("bad end", sign=-1)]
-    found = segment_rewards(TEXT, WORDS, spans)
-    assert found.rewards.tolist() == [0, 0, 0, -1, 0]
-    assert found.num_cancelled == 2
-
-
-def test_many_spans_are_scaled_down_to_the_cap() -> None:
-    spans = [span(quote, sign=-1) for quote in ("good", "bad", "end", ",")]
-    found = segment_rewards(TEXT, WORDS, spans, cap=2.0)
-    assert found.rewards.tolist() == pytest.approx([-0.5, -0.5, -0.5, -0.5, 0])
-
-
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6), st.sampled_from([1, -1])), max_size=8))
-def test_the_sum_is_the_good_spans_minus_the_bad_ones_wherever_they_are_placed(
-    drawn: list[tuple[int, int, int]],
-) -> None:
-    spans = [span(TEXT[start : start + length], sign=sign, start=start) for start, length, sign in drawn]
-    for placement in ("end", "spread"):
-        found = segment_rewards(TEXT, WORDS, spans, placement="end" if placement == "end" else "spread")
-        assert found.num_dropped == 0
-        assert found.rewards.sum() == pytest.approx(sum(one.sign for one in spans))

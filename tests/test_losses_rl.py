@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.sampled_tokens import sampled
-from trainers.advantages import Samples, Span, segment_rewards
+from trainers.advantages import Samples
+from trainers.feedback.segments import Span, segment_rewards
 from trainers.importance import token_factors
 from trainers.kl import KlControl, controlled
 from trainers.losses import TokenBatch, grpo, load_loss, ppo, reinforce_pp, relc, rloo
@@ -515,7 +516,6 @@ def steps_to_learn(loss: Any, config: Any, *, seed: int) -> int:
     """Return the updates after which 9 of 10 answers of eight letters out of `abcx` have no `x`, the one bad letter."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.zeros(8, 4, dtype=torch.float64, requires_grad=True)
-    offsets = [(i, i + 1) for i in range(8)]
     mask = torch.ones(16, 8, dtype=torch.bool)
     for step in range(400):
         logprobs = logits.log_softmax(1)
@@ -526,7 +526,10 @@ def steps_to_learn(loss: Any, config: Any, *, seed: int) -> int:
         spans = [
             [Span(start=i, end=i + 1, quote="x", sign=-1) for i, c in enumerate(text) if c == "x"] for text in texts
         ]
-        placed = [segment_rewards(t, offsets, s).rewards.tolist() for t, s in zip(texts, spans, strict=True)]
+        placed = [
+            segment_rewards(text, found, num_tokens=8, tokens_of=range).rewards.tolist()
+            for text, found in zip(texts, spans, strict=True)
+        ]
         picked = logprobs[torch.arange(8), drawn]
         given = samples_of(
             [float("x" not in text) for text in texts],

@@ -25,6 +25,7 @@ from trainers.feedback.training_data import (
     reads_spans,
 )
 from trainers.group_rows import group_rows
+from trainers.losses import relc
 
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
 
@@ -80,12 +81,15 @@ def test_samples_are_all_judged_responses_with_their_scores_copies_too() -> None
     assert older.table.column("age").to_pylist() == [0, 0, 0, 1]
 
 
-def test_segments_that_a_critique_points_at_cost_their_last_token_a_point() -> None:
+def test_a_loss_that_is_paid_by_spans_gets_a_reward_for_every_token() -> None:
     item = at(make_judged("r0", 0.1, text="2+2=5!"), 4, 5)
-    twice = replace(item, critiques=(*item.critiques, make_judged("r0", 0.9).critiques[0]))
-    for judged, cost in ((item, -1.0), (twice, -0.5)):
-        data = of_samples([judged], [make_verdict("r0", 0.1)], **{**FRESH, "spans": a_token_a_character})
-        assert data.table.column("segment_rewards").to_pylist() == [[0, 0, 0, 0, cost, 0, 0]]
+    data = of_samples(
+        [item],
+        [make_verdict("r0", 0.1)],
+        **{**FRESH, "spans": a_token_a_character},
+        segments=relc.Config(),
+    )
+    assert data.table.column("segment_rewards").to_pylist() == [[0, 0, 0, 0, -1, 0, 0]]
 
 
 def test_accepted_are_the_responses_that_pass_each_text_once_for_a_query() -> None:

@@ -13,7 +13,6 @@ torch is imported inside the functions, as losses do it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -49,7 +48,7 @@ class Samples:
     values: Tensor | None = None
     """(N, T): what the value model expects from before each token on; None where there is no such model."""
     segment_rewards: Tensor | None = None
-    """(N, T): see `segment_rewards` below; None where no critic gave any."""
+    """(N, T): see trainers/feedback/segments.py; None where no critic gave any."""
 
     def scored(self) -> Tensor:
         """Return (N,) bool: which responses have a score and a token."""
@@ -293,81 +292,3 @@ def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
     found = _groups(scores, groups)
     factors = found.counts / (found.counts - 1).clamp(min=1.0)
     return torch.where(torch.isfinite(scores) & (found.counts > 1), factors * (scores - found.means), 0.0).detach()
-
-
-# ----------------------------------------------------------------------------------------------- critiques as rewards
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A stretch of a response that a critic points at."""
-
-    start: int
-    """Characters of the response, half-open."""
-    end: int
-    quote: str
-    """Must equal response[start:end]."""
-    sign: Literal[1, -1]
-    """1: this is good, -1: this is bad."""
-
-
-class SegmentRewards(NamedTuple):
-    """What a critique's spans say of each token."""
-
-    rewards: Floats
-    """(tokens,)"""
-    num_dropped: int
-    """Spans whose quote was another, or that touch no token."""
-    num_cancelled: int
-    """Spans that an overlapping one of the other sign cancelled, both counted."""
-
-
-def segment_rewards(
-    response: str,
-    offsets: Sequence[tuple[int, int]],
-    spans: Sequence[Span],
-    *,
-    placement: Literal["end", "spread"] = "end",
-    cap: float | None = None,
-) -> SegmentRewards:
-    """Return a response's rewards by token: +-1 for each span (RELC: Cao et al. 2024, arXiv 2401.07382).
-
-    Ours differs in that a quote must match, that overlapping spans of opposite sign cancel in pairs, and in `spread`.
-
-    Args:
-        response: the text that the spans point into.
-        offsets: (start, end) characters of each token, half-open; start == end for one without text (end-of-sequence).
-        spans: what the critic found.
-        placement: "end": all of it on the span's last token; "spread": the same share on each of its tokens.
-        cap: greatest |sum| of a response; above it all are scaled down. None: no such bound.
-    """
-    import numpy as np
-
-    rewards = np.zeros(len(offsets))
-    kept: list[tuple[Span, list[int]]] = []
-    for span in sorted(spans, key=lambda span: (span.start, span.end)):
-        tokens = [i for i, (start, end) in enumerate(offsets) if max(start, span.start) < min(end, span.end)]
-        if tokens and span.start >= 0 and response[span.start : span.end] == span.quote:
-            kept.append((span, tokens))
-    num_dropped, num_kept = len(spans) - len(kept), len(kept)
-    kept = _uncancelled(kept)
-    for span, tokens in kept:
-        placed = tokens[-1:] if placement == "end" else tokens
-        np.add.at(rewards, placed, span.sign / len(placed))
-    total = abs(sum(span.sign for span, _ in kept))
-    if cap is not None and total > cap:
-        rewards *= cap / total
-    return SegmentRewards(rewards=rewards, num_dropped=num_dropped, num_cancelled=num_kept - len(kept))
-
-
-def _uncancelled(spans: list[tuple[Span, list[int]]]) -> list[tuple[Span, list[int]]]:
-    """Return the spans without those that cancel: each with the first overlapping one of the other sign."""
-    left: list[tuple[Span, list[int]]] = []
-    for span, tokens in spans:
-        for i, (other, _) in enumerate(left):
-            if other.sign != span.sign and max(other.start, span.start) < min(other.end, span.end):
-                del left[i]
-                break
-        else:
-            left.append((span, tokens))
-    return left

@@ -65,6 +65,7 @@ from trainers.feedback.objectives import ObjectivesConfig, Scores, rescored, sca
 from trainers.feedback.pair_feedback import PairFeedback
 from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.feedback.reward_model import RewardModel
+from trainers.feedback.segments import SegmentSettings
 from trainers.feedback.selection import SelectionConfig, Trusted, agreeing, select_responses
 from trainers.feedback.training_data import (
     TrainingData,
@@ -402,6 +403,8 @@ class Driver:
         scores = self._score(trusted)
         if self._material == "pairs":
             data = of_pairs(await self._pair(rollouts.iteration, rollouts, trusted.verdicts, scores), rollouts.place)
+        elif self._material == "samples":
+            data = self._of_samples(trusted.judged, trusted.verdicts, iteration=rollouts.iteration)
         elif self._material == "groups":
             data = of_groups(
                 trusted.judged,
@@ -411,8 +414,7 @@ class Driver:
                 equals=learns_from_equals(self._config.loss),
             )
         else:
-            make = of_samples if self._material == "samples" else of_accepted
-            data = make(
+            data = of_accepted(
                 trusted.judged,
                 trusted.verdicts,
                 version=rollouts.iteration - 1,
@@ -424,6 +426,25 @@ class Driver:
         elif self._material == "samples" and self._config.objectives is not None:
             data = rescored(data, scalar_scores(scores, self._head.scores, self._config.objectives))
         return replace(data, dropped={**data.dropped, **trusted.dropped})
+
+    def _of_samples(
+        self,
+        judged: Sequence[Judged],
+        verdicts: Sequence[Verdict],
+        *,
+        iteration: int,
+        scores: Mapping[str, float] | None = None,
+    ) -> TrainingData:
+        settings = self._config.loss_config
+        return of_samples(
+            judged,
+            verdicts,
+            version=iteration - 1,
+            max_age=self._config.loop.max_policy_age,
+            spans=self._config.tokens_spanning,
+            segments=settings if isinstance(settings, SegmentSettings) else None,
+            scores=scores,
+        )
 
     def _score(self, trusted: Trusted) -> Scores:
         """Return what the objectives make of the responses, and remember what they were like; empty without any."""
@@ -473,14 +494,7 @@ class Driver:
             found = await model.learn(prepared.judged, prepared.verdicts, prepared.pairs, iteration=iteration)
             if "rewards" not in self._before(iteration):
                 await self._journal.add("rewards", found.rewards, iteration=iteration)
-        data = of_samples(
-            prepared.judged,
-            prepared.verdicts,
-            version=iteration - 1,
-            max_age=self._config.loop.max_policy_age,
-            spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
-            scores=found.scores,
-        )
+        data = self._of_samples(prepared.judged, prepared.verdicts, iteration=iteration, scores=found.scores)
         return replace(prepared, data=data, reward=found.figures)
 
     async def _update(self, prepared: Prepared) -> UpdateReport | None:

@@ -30,13 +30,12 @@ from actors.oversight import EXPERT, Judged
 from actors.records import PreferencePair, Response, Verdict, to_table
 from actors.rubrics import PASS
 from trainers.feedback.preferences import Pairs, age_of
+from trainers.feedback.segments import SegmentSettings, TokensSpanning, rewards_of
 from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
 from trainers.policy_gradient import PolicyLoss
 
 Known = TypeVar("Known")
 Material: TypeAlias = Literal["pairs", "samples", "groups", "accepted"]
-TokensSpanning: TypeAlias = Callable[[Sequence[int], int], int]
-"""How many of the token ids it takes to spell so many characters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +105,8 @@ def of_samples(
     *,
     version: int,
     max_age: int,
-    spans: TokensSpanning | None,
+    spans: TokensSpanning,
+    segments: SegmentSettings | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> TrainingData:
     """Return every response that has a score, with that, its group (the query) and its log-probs as sampled.
@@ -116,7 +116,8 @@ def of_samples(
         verdicts: of some of them.
         version: of the weights that are to be trained.
         max_age: greatest number of versions that a response's weights may be behind.
-        spans: reward also the tokens at which critiques found fault; how many tokens it takes to spell some characters.
+        spans: how many tokens it takes to spell some characters.
+        segments: reward also the tokens that critiques praise and fault, in this way.
         scores: by response id, in the place of the verdicts'; None: a response's score is its verdict's.
     """
     known: Mapping[str, float | None] = (
@@ -132,8 +133,8 @@ def of_samples(
         "finish_reason": pa.array([row.finish_reason for row in responses], pa.string()),
         "age": pa.array([age_of(row, version=version) for row in responses], pa.int64()),
     }
-    if spans is not None:
-        rewards = [_segment_rewards(item, spans) for item, _ in chosen]
+    if segments is not None:
+        rewards = [rewards_of(item, segments, spans) for item, _ in chosen]
         columns["segment_rewards"] = pa.array(rewards, pa.list_(pa.float64()))
     return _data(pa.table(columns), [item for item, _ in chosen], dropped)
 
@@ -226,16 +227,6 @@ def _reward(verdicts: Sequence[Verdict]) -> float:
     scores = [verdict.score for verdict in asked or verdicts]
     assert all(score is not None for score in scores), "a verdict with a label has a score"
     return math.fsum(score for score in scores if score is not None) / len(scores)
-
-
-def _segment_rewards(item: Judged, spans: TokensSpanning) -> list[float]:
-    """Return -1 on the last token of each stretch that a critique points at, shared by the response's critiques."""
-    rewards = [0.0] * len(item.response.token_ids)
-    for critique in item.critiques:
-        for end in {issue.end for issue in critique.issues}:
-            if last := spans(item.response.token_ids, end):
-                rewards[last - 1] -= 1.0 / len(item.critiques)
-    return rewards
 
 
 def _flags_to_the_flaw(item: Judged, verdict: Verdict, spans: TokensSpanning) -> list[bool]:

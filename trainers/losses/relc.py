@@ -1,12 +1,13 @@
 """PPO with a critique's spans as rewards of their tokens (RELC: Cao et al. 2024, arXiv 2401.07382).
 
 R_t = a1 * score at the last token + a2 * rho_t - beta * k1_t, where rho_t is +-1 for each span that the critic found
-good or bad, placed by `trainers.advantages.segment_rewards`. The rest is PPO; a2 = 0 is PPO exactly.
+good or bad, placed by `trainers.feedback.segments`. The rest is PPO; a2 = 0 is PPO exactly.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,6 +26,13 @@ class Config(ppo.Config):
     """a1: of the score of the whole response."""
     segment_weight: float = Field(default=0.2, ge=0.0)
     """a2: of a span."""
+    praise: bool = True
+    """Pay also for the spans that the critic found right, not only charge for those it found wrong."""
+    placement: Literal["end", "spread"] = "end"
+    """On a span's last token, or the same share on each of its tokens."""
+    segment_cap: float | None = Field(default=5.0, gt=0.0)
+    """Greatest |sum of spans| of a response, so that many right trifles don't make up for a wrong answer; ours: at the
+    default weight they then weigh as much as the score. Left out or none: no bound."""
 
 
 def advantages(samples: Samples, config: Config) -> Estimates:
