@@ -47,6 +47,7 @@ test-parity: parity-environment
 
 against-trl: parity-environment
 	@$(RUN) -m benchmarks.against_trl
+	@$(RUN) -m benchmarks.loop_against_trl
 
 SEEDS ?= 31 32 33 34 35
 experiments: setup

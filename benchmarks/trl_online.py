@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on a finished run's queries, labelled by the run's critic; runs in an environment that has TRL.
 
-    .parity/bin/python -m benchmarks.trl_online runs/against_trl/grpo --until 0.95 --out trl_online.json
+    .parity/bin/python -m benchmarks.trl_online runs/against_trl/grpo-51 --until 0.95 --out trl_online.json
 
 The same start (the run's v0), the same queries in the same order, as many answers to each, the same optimizer steps
 (batch, epochs, learning rate, AdamW, clipping), GRPO in its published form on both sides, and the same labels: the

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.chat import encode_chat, load_tokenizer
 from actors.records import Message
+from benchmarks.loop_against_trl import seconds_to
 from benchmarks.trl_online import BATCH, Generator, left_padded
+from tests.synthetic_run import make_row
 from trainers.base_model import BaseModelConfig, write_base_model
 
 SHAPE = BaseModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2)
@@ -45,3 +47,14 @@ def test_a_continuation_is_the_greedy_one_whoever_stands_beside_it(model: Path) 
     with torch.inference_mode():
         alone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()(prompt).logits[0, -1]
     assert torch.allclose(rows[0][0], alone.log_softmax(dim=-1), atol=1e-5)
+
+
+def test_the_time_to_an_accuracy_ends_with_the_first_iteration_that_has_it_and_knows_no_evaluations() -> None:
+    rows = [
+        make_row(number, probe_accuracy=accuracy).model_copy(
+            update={"wall_s": 10.0, "seconds": {"update": 8.0, "evaluate": 1.5}}
+        )
+        for number, accuracy in enumerate((0.4, 0.96, 0.9, 0.97), start=1)
+    ]
+    assert seconds_to(rows, 0.95) == 17.0
+    assert seconds_to(rows, 0.98) is None
