@@ -38,6 +38,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 MAX_TEMP_DIR_CHARS = 45
 """Ray puts sockets some 60 characters below its directory, and a Unix socket's path ends at 107."""
 
+TOO_SLOW = "timed out during startup"
+"""How Ray (2.60) says that its processes were not up in time; it raises a bare Exception."""
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 ANSWER_DEADLINE_S = 5.0
@@ -89,7 +91,7 @@ def start_ray(config: RayConfig) -> RayRuntime:
     if ray.is_initialized():
         raise RuntimeError("this process is connected to a Ray cluster already; call stop() on it first")
     address = reachable_cluster(config)
-    return _start_local(config) if address is None else _join(config, address=address)
+    return _start_local_patiently(config) if address is None else _join(config, address=address)
 
 
 def reachable_cluster(config: RayConfig) -> str | None:
@@ -177,6 +179,20 @@ def worker_stderr(*, pid: int, num_lines: int = 20) -> str:
         text = stream.read().decode("utf-8", errors="replace")
     # Ray's own markers (":job_id:01000000") say nothing.
     return "\n".join([line for line in text.splitlines() if not line.startswith(":")][-num_lines:])
+
+
+def _start_local_patiently(config: RayConfig) -> RayRuntime:
+    """Start a local Ray, and once more where the first was too slow.
+
+    Ray gives its own processes 30 s to come up, a fixed number (2.60), which a machine busy with other work can exceed.
+    """
+    try:
+        return _start_local(config)
+    except Exception as error:
+        if TOO_SLOW not in str(error):
+            raise
+        logger.warning("Ray took more than 30 s to start, as it does on a machine that is very busy; once more")
+        return _start_local(config)
 
 
 def _start_local(config: RayConfig) -> RayRuntime:

@@ -94,6 +94,32 @@ def test_a_cluster_is_joined_by_address_with_the_token_and_not_without(ray_sessi
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_a_ray_that_was_too_slow_to_start_is_started_once_more(short_tmp_path: Path) -> None:
+    script = """
+        import os
+        from pathlib import Path
+        import psutil, ray
+        from cluster.ray_runtime import RayConfig, start_ray
+        parent, begun, real = Path(os.environ["PARENT"]), [], ray.init
+
+        def slow(*arguments, **keywords):
+            begun.append(keywords["_temp_dir"])
+            context = real(*arguments, **keywords)
+            if len(begun) == 1:
+                raise Exception("The current node timed out during startup. This could happen because ...")
+            return context
+
+        ray.init = slow
+        runtime = start_ray(RayConfig(num_cpus=2, object_store_gb=0.1, temp_dir=parent, token_path=parent / "token"))
+        first = [p for p in psutil.Process().children(recursive=True) if begun[0] in " ".join(p.cmdline())]
+        session_dir = str(runtime.session_dir)
+        runtime.stop()
+        print(len(begun), len(first), os.path.exists(begun[0]), begun[1] == session_dir)
+    """
+    found = run_python(script, environment={"PARENT": str(short_tmp_path / "own")})
+    assert found.splitlines()[-1] == "2 0 False True"
+
+
 def test_an_open_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
