@@ -37,7 +37,7 @@ from benchmarks.run_figures import RunFigures, figures_of
 from trainers.summary import GainSummary, read_metrics, read_summary
 
 RUNS = ROOT / "runs" / "algorithms"
-PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("1e-5", "3e-5", "1e-4"), ("3e-5", "1e-4", "3e-4"), ("1e-4", "3e-4", "1e-3")
+PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("1e-5", "3e-5", "1e-4"), ("1e-5", "3e-5", "1e-4"), ("1e-4", "3e-4", "1e-3")
 FINALISTS = 8
 CHOICE = ROOT / "benchmarks" / "algorithms.json"
 """The learning rates that `choose` has found, by algorithm."""
