@@ -5,6 +5,7 @@
     elenchus resume NAME               go on after anything
     elenchus chat NAME                 talk to the current learner
     elenchus report NAME               write report.html anew
+    elenchus export NAME …             the learner at one trade-off, of a run that is trained for all
     elenchus plan CONFIG.toml …        what a run would take and write, and whether it fits; starts nothing
     elenchus doctor                    what is wrong with this machine, and the command that mends it
     elenchus sql NAME "select …"       query what a run has recorded
@@ -43,6 +44,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias
 
 import tyro
 
+from serve.exporting import Export
 from serve.serving_commands import Key, Promote, Rollback, Serve
 
 if TYPE_CHECKING:
@@ -342,6 +344,7 @@ COMMANDS: dict[
         | Promote
         | Rollback
         | Key
+        | Export
         | Report
         | Plan
         | Doctor
@@ -365,6 +368,7 @@ COMMANDS: dict[
     "promote": Promote,
     "rollback": Rollback,
     "key": Key,
+    "export": Export,
     "report": Report,
     "plan": Plan,
     "doctor": Doctor,
@@ -377,7 +381,21 @@ CONFIGURED = ("demo", "run", "submit", "plan", "manifest")
 """Commands that take config flags."""
 ADDRESSED = ("resume", "status", "watch", "logs", "stop", "list", "scale")
 """Commands about a run of this machine, or of the cluster whose address is given."""
-NAMED = ("resume", "status", "watch", "logs", "stop", "chat", "report", "sql", "serve", "promote", "rollback", "key")
+NAMED = (
+    "resume",
+    "status",
+    "watch",
+    "logs",
+    "stop",
+    "chat",
+    "report",
+    "sql",
+    "serve",
+    "promote",
+    "rollback",
+    "key",
+    "export",
+)
 """Commands whose first word is a run's name."""
 
 Command: TypeAlias = (
@@ -395,6 +413,7 @@ Command: TypeAlias = (
     | Annotated[Promote, tyro.conf.subcommand("promote")]
     | Annotated[Rollback, tyro.conf.subcommand("rollback")]
     | Annotated[Key, tyro.conf.subcommand("key")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -578,6 +597,8 @@ def execute(command: Command, *, flags: Flags) -> int:
             return _chat(command)
         case Serve() | Promote() | Rollback() | Key():
             return _serving(command)
+        case Export():
+            return _export(command)
         case Report():
             return _report(command)
         case Plan():
@@ -1239,6 +1260,12 @@ def _serving(command: Serve | Promote | Rollback | Key) -> int:
             return serving_commands.rollback(command, run_dir, tell=tell)
         case Key():
             return serving_commands.key(command, run_dir, tell=tell)
+
+
+def _export(command: Export) -> int:
+    from serve.exporting import export
+
+    return export(command, _run_dir(command.name, runs_dir=command.runs_dir), tell=print)
 
 
 def _run_dir(name: str, *, runs_dir: Path) -> Path:

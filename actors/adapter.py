@@ -3,8 +3,8 @@
     y = W x + (alpha / rank) · B (A x)       W [out, in] of the frozen base, A [rank, in], B [out, rank] and 0 at first
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Names and files are those that
-peft writes and vLLM reads. Knows neither of them: who trains an adapter is trainers/ranks/lora.py, who answers with it
-the engine.
+peft writes and vLLM reads. Knows neither of them: who trains an adapter is trainers/ranks/lora.py, or panacea.py, who
+answers with it the engine.
 """
 
 from __future__ import annotations
@@ -42,13 +42,18 @@ class AdapterConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        bad = [name for name in self.targets if not name or "." in name]
-        if not self.targets or bad or len(set(self.targets)) != len(self.targets):
-            raise ValueError(
-                f"targets: got {json.dumps(list(self.targets))}, wanted names of layers, each once and without a dot; "
-                'for example ["q_proj", "v_proj"]'
-            )
+        refuse_bad_targets(self.targets)
         return self
+
+
+def refuse_bad_targets(targets: Sequence[str]) -> None:
+    """Raise ValueError for what can't be the names of layers, each once."""
+    bad = [name for name in targets if not name or "." in name]
+    if not targets or bad or len(set(targets)) != len(targets):
+        raise ValueError(
+            f"targets: got {json.dumps(list(targets))}, wanted names of layers, each once and without a dot; "
+            'for example ["q_proj", "v_proj"]'
+        )
 
 
 def adapter_shapes(

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from actors.adapter import AdapterConfig, adapter_shapes, engine_rank, write_adapter, zero_adapter
-from actors.chat import Tokenizer, decode, encode_chat, label_token_id, load_tokenizer
+from actors.chat import Tokenizer, decode, encode_chat, encode_text, label_token_id, load_tokenizer
 from actors.engine_config import EngineConfig, adapter_of, gpus_reserved, has_base, replica_bundles
 from actors.engine_thread import EngineThread, Finished, InferenceEngine, Sample
 from actors.generation import Completion, GenerationRequest, check_request, sample_seed
@@ -352,6 +352,8 @@ class EngineActor:
         if request.of_base and not has_base(self._config):
             raise ValueError(f"request {request.request_id}: of_base: got true, wanted an engine that others share")
         prompt = self._encoded(request.messages)
+        if request.prefix:
+            prompt += encode_text(self._tokenizer, request.prefix)
         if len(prompt) >= max_model_len:
             raise ValueError(
                 f"request {request.request_id}: the prompt has {len(prompt)} tokens, the engine's max_model_len is "
@@ -372,7 +374,7 @@ class EngineActor:
         return Completion(
             request_id=sample.request.request_id,
             sample_index=sample.sample_index,
-            text=decode(self._tokenizer, finished.token_ids),
+            text=self._text(sample.request.prefix, finished.token_ids),
             prompt_token_ids=sample.prompt_token_ids,
             token_ids=finished.token_ids,
             logprobs=finished.logprobs,
@@ -382,6 +384,14 @@ class EngineActor:
             weight_spans=spans,
             finish_reason=finished.finish_reason,
         )
+
+    def _text(self, prefix: str, token_ids: Sequence[int]) -> str:
+        """Return what was sampled; after a prefix as it reads there, where a vocabulary would drop its first space."""
+        if not prefix:
+            return decode(self._tokenizer, token_ids)
+        begun = encode_text(self._tokenizer, prefix)
+        whole, before = decode(self._tokenizer, (*begun, *token_ids)), decode(self._tokenizer, begun)
+        return whole.removeprefix(before)
 
     def _apply(
         self, engine: InferenceEngine, manifest: WeightManifest, probe: tuple[tuple[int, ...], ...]

@@ -69,7 +69,7 @@ class EngineConfig(Config):
 
 
 class AdaptedEngineConfig(EngineConfig):
-    """An engine whose every request goes through an adapter; a run makes one where `learner.training.lora` says so."""
+    """An engine whose every request goes through an adapter; a run makes one where the learner trains an adapter."""
 
     adapter: AdapterConfig
     """New weights are its tensors alone; the model's own stay as they are."""

@@ -36,6 +36,8 @@ class GenerationRequest:
     """Single tokens; wherever one of them is sampled, the log-probs of all are reported."""
     of_base: bool = False
     """Answered by the model that the engine's adapter is one of, whatever has been published of that."""
+    prefix: str = ""
+    """Text that the assistant's turn begins with: it is part of the prompt, and the samples go on after it."""
 
 
 @pickled_fast

@@ -95,6 +95,25 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefinedResponse:
+    """What was made of an answer in which the critic found fault; no sample, and no answer of the learner's (L-DCR)."""
+
+    refinement_id: str
+    """Its critiques and the pair that it is the chosen of name it so."""
+    response_id: str
+    """The answer that it was made of."""
+    query_id: str
+    sample_index: int
+    """That answer's."""
+    text: str
+    token_ids: tuple[int, ...]
+    """The learner's tokens of it, end-of-sequence included where it has one."""
+    policy_version: str
+    """Of the oldest weights that went on with it; where none did, of those that sampled the answer."""
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
     """A flaw that a critique points at; `quote` equals response[start:end] (half-open character offsets)."""
 
@@ -197,6 +216,16 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A judged response that an update of samples, groups or accepted responses did not learn from."""
+
+    left_out_id: str
+    query_id: str
+    response_id: str
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationAnswer:
     """One answer judged by truth, greedy or of the critic's agreement sample; never seen by any stage of learning."""
 
@@ -254,6 +283,15 @@ def lineage_id(
     """
     parts = "\x1f".join([run, str(iteration), stage, *parents, str(sample_index), str(order)])
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def policy_number(version: str) -> int:
+    """Return which iteration's update a policy version is of, whatever trade-off it was published at.
+
+    >>> policy_number("v3"), policy_number("v3@0.2500,0.7500")
+    (3, 3)
+    """
+    return int(version.removeprefix("v").partition("@")[0])
 
 
 def draw_seed(seed: int, *coordinates: int | str) -> int:

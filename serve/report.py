@@ -282,6 +282,17 @@ def _tables(summary: Summary | None, rows: Sequence[IterationMetrics]) -> list[t
         found.append(
             ("Training", "Means over the optimizer steps of an iteration.", Table(head=head, rows=tuple(lines)))
         )
+    fates = sorted({fate for row in rows for fate in row.refinement}, key=lambda fate: (fate != "failed", fate))
+    if fates:
+        lines = [
+            tuple(
+                Cell(text=str(number)) for number in (row.iteration, *(row.refinement.get(fate, 0) for fate in fates))
+            )
+            for row in rows
+        ]
+        note = "Distinct failed answers, how many were mended into a pair, and the others by cause."
+        head = ("iteration", *(fate.replace("_", " ") for fate in fates))
+        found.append(("Mended answers", note, Table(head=head, rows=tuple(lines))))
     if summary:
         note = (
             "By purpose. Under the critic_expert regime truth labels nothing but the bootstrap's demonstrations and "
@@ -301,7 +312,7 @@ def _per_iteration(rows: Sequence[IterationMetrics]) -> Table:
     lines = [
         (
             Cell(text=str(row.iteration), link=link(set=LIVE, iteration=row.iteration)),
-            Cell(text=row.policy_version),
+            Cell(text=row.policy_version, detail=_preferred(row)),
             Cell(text=percent(row.probe_accuracy), link=link(set="probe", iteration=row.iteration)),
             Cell(
                 text=percent(row.live_attack_success),
@@ -326,6 +337,11 @@ def _per_iteration(rows: Sequence[IterationMetrics]) -> Table:
         for row in rows
     ]
     return Table(head=head, rows=tuple(lines))
+
+
+def _preferred(row: IterationMetrics) -> str:
+    """Return the trade-off that an iteration was made at; nothing where the learner is of one alone."""
+    return "" if row.preference is None else f"trained at {', '.join(f'{part:.2f}' for part in row.preference)}"
 
 
 def _counts(values: Mapping[str, int]) -> Table:

@@ -52,8 +52,7 @@ _FATES = {
     "no_verdict": report_journal.UNJUDGED,
     "rejected": report_journal.FAILS,
 }
-"""Where the answers behind a reason are; what the margin or equal texts drop is among those in no
-pair, and an equal text among those trained on."""
+"""Where the answers behind a reason are; what the margin or equal texts drop is among those in no pair, or left out."""
 _MOST_TALL_CELLS = 40
 """A map of more kinds of problems has thinner lines."""
 _LEAST_REST_S = 0.05
@@ -257,7 +256,7 @@ def pairs(rows: Sequence[IterationMetrics]) -> Chart:
         )
     ]
     for reason in sorted({reason for row in rows for reason in row.pairs_dropped}):
-        fate = _FATES.get(reason, report_journal.UNPAIRED if material == "pairs" else report_journal.TRAINED)
+        fate = _FATES.get(reason, report_journal.UNPAIRED if material == "pairs" else report_journal.LEFT_OUT)
         series.append(
             Series(
                 name=f"dropped: {reason.replace('_', ' ')}",

@@ -27,7 +27,7 @@ EXPERT_ANSWERS = (AGREED, OVERRULED, DECIDED, ABSTAINED)
 """What can have come of asking an expert."""
 RIGHT, WRONG = "right", "wrong"
 IMPROVED, WORSENED = "improved", "worsened"
-CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, FAILS = (
+CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, LEFT_OUT, FAILS = (
     "chosen",
     "rejected",
     "in no pair",
@@ -35,6 +35,7 @@ CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, FAILS = (
     "all fail",
     "unjudged",
     "trained on",
+    "left out",
     "fails",
 )
 TRAINED_FATES: dict[Material, tuple[str, ...]] = {
@@ -66,7 +67,7 @@ class LiveAnswer:
     label: str | None
     """The verdict that counted."""
     fate: str
-    """What training made of it: "chosen" or "rejected" in a pair, "trained on" without pairs, else why not."""
+    """What training made of it: "chosen" or "rejected" in a pair, else "trained on" or "left out", or why not."""
     broke: bool
     """Whether its query was a success of the attacker: the critic failed at least half of the judged answers."""
 
@@ -176,6 +177,8 @@ def _live_answers(directory: Path, iteration: int, truth: Mapping[str, bool], ma
         fates = {row["response_id"]: _fate_alone(row["label"], material) for row in verdicts}
         # A reward model scores also what the critic could not judge.
         fates |= {row["response_id"]: TRAINED for row in _rows(directory, "rewards", columns=["response_id"])}
+        unused = _rows(directory, "left_out", columns=["response_id"])
+        fates |= {row["response_id"]: LEFT_OUT for row in unused if fates.get(row["response_id"]) == TRAINED}
     broken = _broken(verdicts, critics)
     return [
         LiveAnswer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from actors.records import policy_number
 from serve.terminal import harmless
 from trainers.live import MARK, LiveState, PoolState, parse_live
 
@@ -59,11 +60,7 @@ def sample_age(state: LiveState) -> int | None:
     rollouts = state.pools.get("rollouts")
     if rollouts is None or rollouts.version is None or not state.rows:
         return None
-    return max(0, _number(state.rows[-1].policy_version) - _number(rollouts.version))
-
-
-def _number(version: str) -> int:
-    return int(version.removeprefix("v"))
+    return max(0, policy_number(state.rows[-1].policy_version) - policy_number(rollouts.version))
 
 
 def table(state: LiveState, *, now: float, address: str | None = None) -> str:

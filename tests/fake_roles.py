@@ -43,6 +43,7 @@ from actors.experts import ExpertBudget, ExpertQueue, SimulatedExpert, Simulated
 from actors.generation import Completion, GenerationRequest
 from actors.oversight import Judged, OversightConfig, make_oversight
 from actors.records import ExpertLabel
+from actors.refiner import RefinementConfig, Refiner
 from actors.rollout import Rollout, RolloutConfig
 from actors.rubrics import StepMarks
 from cluster.config import Config
@@ -54,9 +55,11 @@ from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
 from trainers.feedback.objectives import ObjectivesConfig
 from trainers.feedback.preferences import PreferenceConfig
+from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_config import RewardConfig
 from trainers.feedback.reward_model import RewardModel, read_response
 from trainers.feedback.selection import SelectionConfig
+from trainers.feedback.trade_offs import TradeOffs
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
 from trainers.loop_state import STAGES
@@ -230,8 +233,8 @@ class FakeRolePool:
             raise PoolExhausted(f"pool {self.name}: {len(lost)} requests have no answer", reasons=lost)
 
     def loses(self, request_id: str) -> bool:
-        """Return whether a request finds no answer; the same ones each time."""
-        return self.name in self.losing and int(request_id, 16) % 10 == 0
+        """Return whether a request finds no answer, the same ones each time; evaluations are never lost."""
+        return self.name in self.losing and "/" not in request_id and int(request_id, 16) % 10 == 0
 
     async def stats(self) -> Any:
         """Return what the driver reads of PoolStats."""
@@ -265,8 +268,8 @@ class RolloutPool(FakeRolePool):
     def say(self, request: GenerationRequest) -> Completion:
         """Return an answer."""
         version, weights = self.held
-        text = self.answer(request, weights)
-        return spoken(text, request_id=request.request_id, weight_version=version)
+        said = spoken(self.answer(request, weights), request_id=request.request_id, weight_version=version)
+        return replace(said, prompt_token_ids=(*said.prompt_token_ids, *map(ord, request.prefix)))
 
 
 class CriticPool(FakeRolePool):
@@ -322,6 +325,9 @@ class FakeLearnerGroup:
         """(row id, epoch, step) of every slot in the lineage of these weights."""
         self.plans: list[TrainingPlan] = []
         self.published: dict[str, Weights] = {}
+        self.preference: tuple[float, ...] | None = None
+        self.preferred: list[tuple[str, tuple[float, ...] | None]] = []
+        """What was called, and the preference vector that held."""
         self._num_steps = 0
         self.may_learn: asyncio.Event | None = None
         """What an update waits for; None: for nothing."""
@@ -344,6 +350,7 @@ class FakeLearnerGroup:
         """Apply the slots of a plan to the weights; a KL budget is spent after the first step."""
         if self.may_learn is not None:
             await self.may_learn.wait()
+        self.preferred.append(("update", self.preference))
         key, told = LEARNT_FROM[loss]
         assert isinstance(loss_config, load_loss(loss).Config)
         self.plans.append(plan)
@@ -374,15 +381,21 @@ class FakeLearnerGroup:
         """Return the log-probs of sequences."""
         return fake_logprobs(self.weights, sequences)
 
+    async def set_preference(self, preference: Sequence[float]) -> None:
+        """Have what follows be of one vector."""
+        self.preference = tuple(preference)
+
     async def publish(self, *, version: str) -> WeightManifest:
         """Publish the weights under a version."""
         self._reach("publish", 1)
+        self.preferred.append((f"publish {version}", self.preference))
         self.published[version] = self.weights
         return WeightManifest(version=version, tensors=(), buckets=())
 
     async def export(self, path: Path) -> None:
         """Write a policy directory; it appears whole or not at all."""
         self._reach("export", 1)
+        self.preferred.append((f"export {path.name}", self.preference))
         _write_whole(path, {"policy.json": json.dumps([w.hex() for w in self.weights])})
 
     async def save(self, path: Path) -> None:
@@ -544,6 +557,9 @@ class Settings:
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objectives: ObjectivesConfig | None = None
+    refinement: RefinementConfig | None = None
+    trade_offs: bool = False
+    """Whether the learner is trained for all trade-offs between the objectives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -603,6 +619,13 @@ def fake_run(
     desk = WatchedDesk(queue, SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=SimulatedExpertConfig()))
     desk.reach = tell  # type: ignore[method-assign, assignment]
     stop = stop or StopSignal()
+    judge = Critic(
+        critic,  # type: ignore[arg-type]
+        rubric=StepMarks(DOMAIN),
+        config=CriticConfig(),
+        run=RUN,
+        seed=3,
+    )
     driver = Driver(
         run=RUN,
         seed=3,
@@ -622,13 +645,8 @@ def fake_run(
                 run=RUN,
                 seed=3,
             ),
-            critic=Critic(
-                critic,  # type: ignore[arg-type]
-                rubric=StepMarks(DOMAIN),
-                config=CriticConfig(),
-                run=RUN,
-                seed=3,
-            ),
+            critic=judge,
+            refining=None if settings.refinement is None else _refining(settings, rollouts, judge),
             oversight=make_oversight(
                 OversightConfig(kind=settings.oversight, calibration=settings.calibration),  # type: ignore[arg-type]
                 domain=DOMAIN,
@@ -659,6 +677,27 @@ def fake_run(
     return FakeRun(driver=driver, store=store, queue=queue, group=group, stop=stop, gold=gold, events=events)
 
 
+def _refining(settings: Settings, pool: FakeRolePool, critic: Critic) -> Refining:
+    assert settings.refinement is not None
+    return Refining(
+        refiner=Refiner(
+            pool,
+            config=settings.refinement,
+            max_tokens=RolloutConfig().max_tokens,
+            encode=lambda text: tuple(map(ord, text)),
+            run=RUN,
+            seed=3,
+        ),
+        critic=critic,
+        preferences=settings.preferences,
+        min_agreement=settings.selection.min_agreement,
+        max_age=settings.max_policy_age,
+        tokens_spanning=lambda ids, num_chars: min(num_chars, len(ids)),
+        run=RUN,
+        seed=3,
+    )
+
+
 def _driver_config(settings: Settings) -> DriverConfig:
     evaluation = EvaluationConfig(
         sealed_per_cell=1,
@@ -678,6 +717,11 @@ def _driver_config(settings: Settings) -> DriverConfig:
         preferences=settings.preferences,
         selection=settings.selection,
         objectives=settings.objectives,
+        trade_offs=(
+            TradeOffs(fixed=settings.objectives.weights, seed=3)
+            if settings.trade_offs and settings.objectives is not None
+            else TradeOffs()
+        ),
         evaluation=evaluation,
         evaluation_sets=evaluation_sets(DOMAIN, evaluation),
         probe_sequences=PROBE_SEQUENCES,

@@ -16,7 +16,7 @@ import torch
 from ray.exceptions import ActorDiedError, RayTaskError
 from transformers import AutoModelForCausalLM
 
-from actors.chat import encode_chat, label_token_id
+from actors.chat import decode, encode_chat, label_token_id
 from actors.engine import EngineActor, EngineConfig, start_engine_replica
 from actors.generation import Completion, GenerationRequest
 from actors.records import Message
@@ -168,6 +168,17 @@ def test_greedy_samples_are_the_most_likely_tokens_and_end_with_eos_or_at_the_li
         assert list(d.token_ids) == table.argmax(-1)[: len(d.token_ids)].tolist()
         assert d.finish_reason == ("stop" if d.token_ids[-1] == TOKENIZER.eos_token_id else "length")
         assert d.text == TOKENIZER.decode(list(d.token_ids), skip_special_tokens=True)
+
+
+def test_after_a_prefix_an_answer_goes_on_as_it_did_after_its_own_beginning(engine: Engine) -> None:
+    whole = run(engine.generate(*(ask(f"{i}+{i}", request_id=str(i), temperature=0.0) for i in range(6))))
+    for d in whole:
+        begun = d.token_ids[: len(d.token_ids) // 2]
+        asked = ask(f"{d.request_id}+{d.request_id}", temperature=0.0, prefix=decode(TOKENIZER, begun))
+        [rest] = run(engine.generate(replace(asked, max_tokens=30 - len(begun))))
+        assert rest.prompt_token_ids == (*d.prompt_token_ids, *begun)
+        assert (rest.token_ids, rest.finish_reason) == (d.token_ids[len(begun) :], d.finish_reason)
+        assert decode(TOKENIZER, begun) + rest.text == d.text
 
 
 def test_a_seeded_request_gives_one_text_on_every_replica_and_an_unseeded_one_does_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,18 +14,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import write_llama
+from trainers.advantages import Samples
+from trainers.feedback.objectives import ObjectivesConfig, RunningScores, scalar_scores
+from trainers.feedback.trade_offs import TradeOffs, draw_preference
+from trainers.losses import TokenBatch, load_loss
 from trainers.ranks.panacea import (
-    PanaceaConfig,
     PanaceaLinear,
     adapter_parameters,
     add_panacea,
-    draw_preference,
     export_adapter,
     export_merged,
     layers_of,
     merged_parameters,
     set_preference,
 )
+from trainers.ranks.panacea_config import PanaceaConfig
 
 SMALL = PanaceaConfig(rank=3, num_objectives=2, targets=("q_proj", "down_proj"))
 TOKENS = torch.tensor([[5, 17, 40, 9, 88, 12]])
@@ -47,7 +51,7 @@ def changed(directory: Path, config: PanaceaConfig = SMALL) -> Any:
     with torch.no_grad():
         for _, layer in layers_of(model):
             layer.singular_values.copy_(torch.randn(config.rank, generator=generator) * 3)
-            layer.scale.copy_(torch.randn((), generator=generator) * 20)
+            layer.scale.copy_(torch.randn(1, generator=generator) * 20)
     return model
 
 
@@ -223,3 +227,60 @@ def test_a_bandit_of_two_rewards_has_a_mean_of_the_first_that_rises_with_its_wei
     best = [float((rewards @ torch.tensor([w, 1 - w]) / price).softmax(0) @ rewards[:, 0]) for w in (0.0, 0.5, 1.0)]
     assert [means[0], means[5], means[10]] == pytest.approx(best, abs=0.03)
     assert best[0] < 0.5 < 0.85 < best[2]
+
+
+@pytest.mark.parametrize(("loss", "price"), [("grpo", 1.0), ("reinforce_pp", 0.5)])
+def test_a_sampled_bandit_trained_by_the_loops_own_steps_follows_the_vector(loss: str, price: float) -> None:
+    """Five arms again, 64 of them sampled at each iteration's vector: one score of two, advantages, the loss, Adam."""
+    arms = torch.linspace(0, 1, 5)
+    rewards = torch.stack([(1 - arms**2).sqrt(), (1 - (1 - arms) ** 2).sqrt()], dim=1)
+    module: Any = load_loss(loss)
+    settings = module.Config(kl_coefficient=price)
+    objectives, running = ObjectivesConfig(names=("verdict", "brevity"), weights=(0.5, 0.5)), RunningScores()
+    trade_offs = TradeOffs(fixed=objectives.weights, seed=1)
+    linear = nn.Linear(3, 5)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    policy = PanaceaLinear(
+        linear.requires_grad_(False),
+        PanaceaConfig(rank=2, initial_deviation=0.3),
+        generator=torch.Generator().manual_seed(3),
+    )
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.03)
+    context, generator = torch.ones(1, 3), torch.Generator().manual_seed(5)
+    reference, mask = torch.full((64, 1), -math.log(5)), torch.ones(64, 1, dtype=torch.bool)
+    for iteration in range(1, 301):
+        vector = trade_offs.drawn(iteration)
+        assert vector is not None
+        policy.preference.copy_(torch.tensor(vector))
+        table = policy(context).log_softmax(-1)[0]
+        chosen = torch.multinomial(table.detach().exp(), 64, replacement=True, generator=generator)
+        logprobs = table[chosen][:, None]
+        scores = {f"{i}": tuple(rewards[arm].tolist()) for i, arm in enumerate(chosen.tolist())}
+        running.add(scores, objectives.names)
+        one = scalar_scores(scores, running, trade_offs.weighed(objectives, iteration))
+        samples = Samples(
+            mask=mask,
+            scores=torch.tensor([one[f"{i}"] for i in range(64)]),
+            groups=torch.zeros(64, dtype=torch.int64),
+            ended=torch.ones(64, dtype=torch.bool),
+            old_logprobs=logprobs.detach(),
+            reference_logprobs=reference,
+        )
+        batch = TokenBatch(
+            logprobs=logprobs,
+            mask=mask,
+            old_logprobs=logprobs.detach(),
+            reference_logprobs=reference,
+            advantages=module.advantages(samples, settings).advantages,
+        )
+        optimizer.zero_grad()
+        module.loss(batch, settings).loss.backward()
+        optimizer.step()
+    means = []
+    for first in torch.linspace(0, 1, 11).tolist():
+        policy.preference.copy_(torch.tensor([first, 1 - first]))
+        with torch.no_grad():
+            means.append(float((policy(context).softmax(-1)[0] @ rewards)[0]))
+    assert all(later > earlier for earlier, later in pairwise(means)), means
+    assert means[-1] - means[0] > 0.3

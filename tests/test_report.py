@@ -397,6 +397,12 @@ def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
         assert Counter(scored.values()) == {"trained on": 7, "unjudged": 3}
     accepted = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="accepted").live}
     assert Counter(accepted.values()) == {"trained on": 3, "fails": 4, "unjudged": 3}
+    # What gave no row is not called trained on; what fails was never meant to.
+    unused = pa.table({"response_id": ["q1-0-r1", "q1-1-r0"]})
+    pq.write_table(unused, directory / "left_out.parquet")
+    kept = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="accepted").live}
+    assert Counter(kept.values()) == {"trained on": 2, "left out": 1, "fails": 4, "unjudged": 3}
+    (directory / "left_out.parquet").unlink()
     # What a reward model scored was trained on, judged or not.
     pq.write_table(pa.table({"response_id": ["q1-2-r0"]}), directory / "rewards.parquet")
     rewarded = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="samples").live}

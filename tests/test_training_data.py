@@ -15,8 +15,10 @@ from tests.small_records import make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows, token_rows
 from trainers.feedback.preferences import PreferenceConfig, build_pairs
 from trainers.feedback.training_data import (
+    Material,
     TrainingData,
     learns_from_equals,
+    left_out,
     material_of,
     of_accepted,
     of_groups,
@@ -27,6 +29,7 @@ from trainers.feedback.training_data import (
 from trainers.group_rows import group_rows
 from trainers.losses import relc
 
+ANSWERS = ((0.9, "a"), (0.9, "a"), (0.1, "b"), (None, "c"))
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
 
 
@@ -105,6 +108,22 @@ def test_accepted_are_the_responses_that_pass_each_text_once_for_a_query() -> No
     rows = token_rows(data.table)
     assert rows.flags is None
     assert rows.num_targets.tolist() == [2, 2]
+
+
+def test_what_could_have_been_a_row_and_is_none_is_left_out() -> None:
+    judged = [make_judged(f"r{i}", score, text=text) for i, (score, text) in enumerate(ANSWERS)]
+    verdicts = [make_verdict(f"r{i}", score) for i, (score, _) in enumerate(ANSWERS)]
+
+    def names(data: TrainingData, material: Material) -> list[str]:
+        return [row.response_id for row in left_out(judged, verdicts, data, material=material, run="r", iteration=1)]
+
+    accepted = of_accepted(judged, verdicts, **FRESH)
+    assert accepted.response_ids == ("r0",)
+    assert names(accepted, "accepted") == ["r1"]
+    groups = of_groups(judged, verdicts, version=0, max_age=0, equals=True)
+    assert groups.response_ids == ("r0", "r2")
+    assert names(groups, "groups") == ["r1"]
+    assert names(of_samples(judged, verdicts, **{**FRESH, "spans": a_token_a_character}), "samples") == []
 
 
 def test_with_spans_a_response_that_fails_at_a_quoted_flaw_is_learnt_up_to_it() -> None:

@@ -338,8 +338,9 @@ class PairRows:
     """Tokens of each row's longer sequence."""
     ages: Ids
     """Versions that each row's samples are behind the weights to be trained; 0 where the table does not say."""
-    rollout_logprobs: tuple[tuple[Floats, Floats], ...] | None
-    """Each row's log-probs (nats per response token, chosen and rejected) when they were sampled; None: not known."""
+    rollout_logprobs: tuple[tuple[Floats, ...], ...] | None
+    """Each row's log-probs (nats per response token, chosen and rejected) when they were sampled; () of a row that no
+    policy has sampled as it is, None where no row has any."""
     correction: Floats
     """(rows,) factors of the loss (trainers.importance); the denominators of a step know nothing of them."""
     other_margins: Floats | None = None
@@ -382,7 +383,8 @@ class PairRows:
         """
         if self.rollout_logprobs is None:
             return torch.zeros(len(rows), 2, device=logprobs.device)
-        sampled = [self.rollout_logprobs[row][side] for side in range(2) for row in rows]
+        known = [self.rollout_logprobs[row] for row in rows]
+        sampled = [responses[side] if responses else None for side in range(2) for responses in known]
         return self.by_row(rows, sampling_gaps(logprobs, mask, sampled))
 
     def by_row(self, rows: Sequence[int], values: Tensor) -> Tensor:
@@ -766,23 +768,34 @@ def _ages(table: pa.Table) -> Ids:
     return ages
 
 
-def _rollout_logprobs(table: pa.Table, *, chosen: _Lists, rejected: _Lists) -> tuple[tuple[Floats, Floats], ...] | None:
-    """Return each pair's log-probs as sampled; None where a table has none, or not of every row."""
+def _rollout_logprobs(table: pa.Table, *, chosen: _Lists, rejected: _Lists) -> tuple[tuple[Floats, ...], ...] | None:
+    """Return each pair's log-probs as sampled, () where a response has none; None where no pair has any."""
     names = ("chosen_logprobs", "rejected_logprobs")
-    if any(name not in table.column_names or table.column(name).null_count for name in names):
+    if any(name not in table.column_names for name in names):
         return None
+    missing = np.logical_or.reduce([table.column(name).is_null().to_numpy() for name in names])
+    if missing.all() and table.num_rows:
+        return None
+    sampled = table.filter(pa.array(~missing)) if missing.any() else table
     columns = []
     for name, responses in zip(names, (chosen, rejected), strict=True):
-        found = _lists(table, name)
-        _refuse_rows(found.lengths != responses.lengths, table, f"{name}: wanted one for each token of the response")
+        found = _lists(sampled, name)
+        wrong = found.lengths != responses.lengths[~missing]
+        _refuse_rows(wrong, sampled, f"{name}: wanted one for each token of the response")
         columns.append([values.astype(np.float64) for values in found.rows()])
-    return tuple(zip(*columns, strict=True))
+    rows = zip(*columns, strict=True)
+    return tuple(() if unknown else next(rows) for unknown in missing.tolist())
 
 
-def sampling_gaps(logprobs: Tensor, mask: Tensor, sampled: Sequence[Floats]) -> Tensor:
-    """Return [S] sums over targets of |log-prob - as sampled| (nats), which `sampled` has one list of per sequence."""
+def sampling_gaps(logprobs: Tensor, mask: Tensor, sampled: Sequence[Floats | None]) -> Tensor:
+    """Return [S] sums over targets of |log-prob - as sampled| (nats), which `sampled` has one list of per sequence.
+
+    Of a sequence that no policy has sampled it has None, whose sum is 0.
+    """
     gaps = torch.zeros(len(sampled), device=logprobs.device)
     for i, values in enumerate(sampled):
+        if values is None:
+            continue
         own = logprobs[i][mask[i]]
         gaps[i] = (own.double() - torch.from_numpy(values).to(own.device)).abs().sum()
     return gaps

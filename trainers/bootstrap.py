@@ -160,6 +160,7 @@ def bootstrap_training(
             "batch_size": config.batch_size,
             "optimizer": config.optimizer,
             "lora": None,
+            "panacea": None,
             "learning_rate": config.learning_rate,
             "schedule": "cosine",
             "warmup_steps": min(50, num_steps // 10),

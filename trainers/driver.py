@@ -17,8 +17,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,7 +47,6 @@ from actors.rollout import Rollout
 from cluster.config import Config
 from cluster.durable_files import FileDigest, digest_directory
 from cluster.pool import Pool
-from cluster.pool_errors import PoolExhausted
 from cluster.store import RunStore
 from cluster.weight_sync import SyncReport, sync_weights
 from cluster.weights import ParityProbe
@@ -64,12 +63,15 @@ from trainers.feedback.mixed_feedback import error_rates, failure_share, tally
 from trainers.feedback.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
 from trainers.feedback.pair_feedback import PairFeedback
 from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
+from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_model import RewardModel
 from trainers.feedback.segments import SegmentSettings
 from trainers.feedback.selection import SelectionConfig, Trusted, agreeing, select_responses
+from trainers.feedback.trade_offs import Preference, TradeOffs, version_at
 from trainers.feedback.training_data import (
     TrainingData,
     learns_from_equals,
+    left_out,
     material_of,
     of_accepted,
     of_groups,
@@ -116,6 +118,8 @@ class DriverConfig:
     """Which labels are left out as probably wrong."""
     objectives: ObjectivesConfig | None = None
     """What responses are scored by besides the verdict; None: by that alone."""
+    trade_offs: TradeOffs = field(default_factory=TradeOffs)
+    """Of a learner that is trained for all of them: which one holds when."""
 
 
 class Stopped(Exception):
@@ -133,16 +137,6 @@ async def streams() -> AsyncIterator[asyncio.TaskGroup]:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from group
-
-
-@contextmanager
-def _counting_lost(stage: str, rollouts: Rollouts) -> Iterator[None]:
-    """Count requests that a pool which goes on could not have answered; they are missing, never a low score."""
-    try:
-        yield
-    except PoolExhausted as error:
-        rollouts.lost[stage] += len(error.reasons)
-        logger.warning("%s lost: %s", stage, error)
 
 
 def _num_judged(judged: Sequence[Judged]) -> int:
@@ -185,6 +179,8 @@ class Roles:
     """Whose turn it is on GPUs that pools share with the learner; without such, everybody's."""
     reward_model: RewardModel | None = None
     """Scores the samples in the place of the verdicts; None: the verdicts do."""
+    refining: Refining | None = None
+    """Has failed answers mended, to be preferred to them; None: none are."""
 
 
 class Driver:
@@ -305,11 +301,16 @@ class Driver:
     async def _prepare(self, iteration: int) -> Prepared:
         """Attack, respond, critique, judge, pair: with the weights that the rollout pool holds meanwhile."""
         clock = StageClock()
+        if (drawn := self._config.trade_offs.drawn(iteration)) is not None:
+            await self._publish(iteration - 1, clock, drawn=drawn)
         rollouts = await self._attack_respond_critique(iteration, clock)
         judged = rollouts.judged()
         verdicts = await self._judge(iteration, judged, clock)
         self._head.checked.update(tally(judged, verdicts))
         trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
+        if (refining := self._roles.refining) is not None:
+            with clock.stage("refine"):
+                await refining.refine(rollouts, trusted.verdicts, journal=self._journal, stop=self._check_stop)
         data = await self._training_data(rollouts, trusted)
         pairs = await self._pairs_to_score_by(rollouts, trusted)
         outcomes = self._steer(rollouts, judged)
@@ -364,7 +365,7 @@ class Driver:
         return rollouts
 
     async def _respond(self, queries: Sequence[Query], rollouts: Rollouts, tasks: asyncio.TaskGroup) -> None:
-        with _counting_lost("responses", rollouts):
+        with rollouts.counting_lost("responses"):
             async for responses in self._roles.rollout.respond(queries, known=set(rollouts.responses)):
                 self._check_stop()
                 await self._journal.add("responses", responses, iteration=rollouts.iteration)
@@ -378,7 +379,7 @@ class Driver:
     async def _write_critiques(self, responses: Sequence[Response], rollouts: Rollouts) -> None:
         items = [(rollouts.queries[row.query_id], row) for row in responses]
         total = self._config.loop.queries_per_iteration * self._roles.rollout.num_samples
-        with _counting_lost("critiques", rollouts):
+        with rollouts.counting_lost("critiques"):
             async for critiques in self._roles.critic.judge(items, known=set(rollouts.critiques)):
                 self._check_stop()
                 await self._journal.add("critiques", critiques, iteration=rollouts.iteration)
@@ -424,7 +425,8 @@ class Driver:
         if self._material == "accepted":
             data = select_responses(data, rollouts.responses, self._config.selection, iteration=rollouts.iteration)
         elif self._material == "samples" and self._config.objectives is not None:
-            data = rescored(data, scalar_scores(scores, self._head.scores, self._config.objectives))
+            objectives = self._config.trade_offs.weighed(self._config.objectives, rollouts.iteration)
+            data = rescored(data, scalar_scores(scores, self._head.scores, objectives))
         return replace(data, dropped={**data.dropped, **trusted.dropped})
 
     def _of_samples(
@@ -467,6 +469,8 @@ class Driver:
             version=iteration - 1,
             max_age=self._config.loop.max_policy_age,
         )
+        if self._roles.refining is not None:
+            built, verdicts, rollouts.refinement = self._roles.refining.joined(built, rollouts, verdicts)
         head = self._head
         pairs = self._pair_feedback.told(
             built, verdicts, iteration=iteration, checked=head.checked, scores=scores, running=head.scores
@@ -499,7 +503,11 @@ class Driver:
 
     async def _update(self, prepared: Prepared) -> UpdateReport | None:
         """Train the learner on the iteration's data, an Arrow table; None when there is none."""
-        data = prepared.data
+        data, iteration = prepared.data, prepared.iteration
+        if self._material != "pairs" and "left_out" not in self._before(iteration):
+            said, kind = (prepared.judged, prepared.verdicts), self._material
+            unused = left_out(*said, data, material=kind, run=self._run, iteration=iteration)
+            await self._journal.add("left_out", unused, iteration=iteration)
         if not data.row_ids:
             logger.warning("iteration %d: nothing to train on: all was dropped", prepared.iteration)
             return None
@@ -513,7 +521,9 @@ class Driver:
             done, whole = prepared.iteration - 1, self._config.loop.iterations
             plan = replace(plan, training=(done / whole, (done + 1) / whole))
             async with self._roles.turns.learner():
-                report = await self._roles.learner_group.update(
+                group, trade_offs = self._roles.learner_group, self._config.trade_offs
+                await trade_offs.prefer(group, trade_offs.drawn(prepared.iteration))
+                report = await group.update(
                     data.table,
                     loss=self._config.loss,
                     loss_config=self._config.loss_config,
@@ -549,13 +559,14 @@ class Driver:
                 f"{gap:.3f} nats per token at equal weights, wanted at most {most:g}: compare dtypes and sampling"
             )
 
-    async def _publish(self, iteration: int, clock: StageClock) -> SyncReport:
+    async def _publish(self, iteration: int, clock: StageClock, *, drawn: Preference | None = None) -> SyncReport:
         """Give the learner's weights to every rollout replica; each proves by its log-probs that it holds them."""
         with clock.stage("publish"):
             group = self._roles.learner_group
             sequences = self._config.probe_sequences
             async with self._roles.turns.learner():
-                manifest = await group.publish(version=f"v{iteration}")
+                await self._config.trade_offs.prefer(group, drawn)
+                manifest = await group.publish(version=version_at(f"v{iteration}", drawn))
                 logprobs = await group.logprobs(sequences)
             probe = ParityProbe(token_ids=sequences, logprobs=logprobs, bound=self._config.loop.parity_bound)
             report = await sync_weights(
@@ -604,6 +615,7 @@ class Driver:
             material=self._material,
             pairs_trained=len(data.row_ids),
             pairs_dropped=dict(data.dropped),
+            refinement=dict(rollouts.refinement),
             proposals=dict(Counter(row.outcome for row in rollouts.proposals.values())),
             sample_ages=dict(rollouts.ages(data.response_ids, version=iteration - 1)),
             lost=dict(rollouts.lost),
@@ -617,6 +629,7 @@ class Driver:
                 **{f"reward_model_{name}": value for name, value in prepared.reward.items()},
             },
             feedback=self._feedback(prepared),
+            preference=self._config.trade_offs.drawn(iteration),
         )
 
     def _feedback(self, prepared: Prepared) -> FeedbackMetrics | None:
@@ -666,6 +679,7 @@ class Driver:
         iteration, group = state.iteration, self._roles.learner_group
         checkpoint, policy = self._store.checkpoint_dir(iteration), self._store.policy_dir(iteration)
         async with self._roles.turns.learner():
+            await self._config.trade_offs.prefer(group)
             await group.save(checkpoint)
             await group.export(policy)
         rewards = self._store.checkpoint_dir(iteration, of="reward")

@@ -42,6 +42,9 @@ PAIRS_TRAINED = counter("pairs_trained", "pairs", "Preference pairs trained on")
 PAIRS_DROPPED = counter(
     "pairs_dropped", "candidates", "Queries, answers and pairs that were not trained on, by reason", "reason"
 )
+REFINEMENT = counter(
+    "refinement", "answers", "Distinct failed answers, those mended into a pair, and the others by cause", "fate"
+)
 REQUESTS_LOST = counter("requests_lost", "requests", "Requests without an answer after all attempts, by stage", "stage")
 
 LOOP_SERIES = (
@@ -63,6 +66,7 @@ LOOP_SERIES = (
     EXPERTS_ASKED,
     PAIRS_TRAINED,
     PAIRS_DROPPED,
+    REFINEMENT,
     REQUESTS_LOST,
 )
 
@@ -125,6 +129,7 @@ def _add(recorder: Recorder, row: IterationMetrics) -> None:
     by_tag: Iterable[tuple[Series, Mapping[str, int]]] = (
         (PROPOSALS, row.proposals),
         (PAIRS_DROPPED, row.pairs_dropped),
+        (REFINEMENT, row.refinement),
         (REQUESTS_LOST, row.lost),
     )
     for series, nums in by_tag:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +17,21 @@ from actors.oversight import Judged
 from actors.records import (
     Critique,
     EvaluationAnswer,
+    LeftOut,
     PreferencePair,
     Proposal,
     Query,
+    RefinedResponse,
     Response,
     Reward,
     Verdict,
     from_table,
 )
+from cluster.pool_errors import PoolExhausted
 from trainers.feedback.objectives import RunningScores
 from trainers.feedback.preferences import age_of
+
+logger = logging.getLogger(__name__)
 
 STAGES = {
     "proposals": (Proposal, "proposal_id"),
@@ -33,8 +39,12 @@ STAGES = {
     "responses": (Response, "response_id"),
     "critiques": (Critique, "critique_id"),
     "verdicts": (Verdict, "verdict_id"),
+    "refinements": (RefinedResponse, "refinement_id"),
+    "refinement_critiques": (Critique, "critique_id"),
+    "refinement_verdicts": (Verdict, "verdict_id"),
     "pairs": (PreferencePair, "pair_id"),
     "rewards": (Reward, "reward_id"),
+    "left_out": (LeftOut, "left_out_id"),
     "evaluations": (EvaluationAnswer, "answer_id"),
 }
 """The journal's stages: the record of each and the column that identifies a row."""
@@ -51,6 +61,11 @@ class Rollouts:
     critiques: dict[str, Critique] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
     """Requests that no replica answered, by stage; a resume asks for them again."""
+    refined: dict[str, RefinedResponse] = field(default_factory=dict)
+    """What failed answers were mended to; no answers of the learner's, so apart from `responses`."""
+    refined_critiques: dict[str, Critique] = field(default_factory=dict)
+    refinement: Counter[str] = field(default_factory=Counter)
+    """What became of the failed answers that were to be mended (`feedback.refinement`)."""
 
     @classmethod
     def of(cls, logged: Mapping[str, pa.Table], *, iteration: int) -> Rollouts:
@@ -64,7 +79,21 @@ class Rollouts:
             rollouts.responses = {row.response_id: row for row in from_table(logged["responses"], Response)}
         if "critiques" in logged:
             rollouts.critiques = {row.critique_id: row for row in from_table(logged["critiques"], Critique)}
+        if "refinements" in logged:
+            rollouts.refined = {row.refinement_id: row for row in from_table(logged["refinements"], RefinedResponse)}
+        if "refinement_critiques" in logged:
+            critiques = from_table(logged["refinement_critiques"], Critique)
+            rollouts.refined_critiques = {row.critique_id: row for row in critiques}
         return rollouts
+
+    @contextmanager
+    def counting_lost(self, stage: str) -> Iterator[None]:
+        """Count requests that a pool which goes on could not have answered; they are missing, never a low score."""
+        try:
+            yield
+        except PoolExhausted as error:
+            self.lost[stage] += len(error.reasons)
+            logger.warning("%s lost: %s", stage, error)
 
     @property
     def next_proposal(self) -> int:
@@ -73,12 +102,18 @@ class Rollouts:
 
     def place(self, pair: PreferencePair) -> str:
         """Return where a pair stands in its iteration, whatever the run's name: its query and its two samples."""
-        chosen, rejected = self.responses[pair.chosen_id], self.responses[pair.rejected_id]
-        return f"{self.queries[pair.query_id].sample_index}/{chosen.sample_index}/{rejected.sample_index}"
+        query, rejected = self.queries[pair.query_id].sample_index, self.responses[pair.rejected_id].sample_index
+        if pair.chosen_id in self.refined:
+            return f"{query}/refined {self.refined[pair.chosen_id].sample_index}/{rejected}"
+        return f"{query}/{self.responses[pair.chosen_id].sample_index}/{rejected}"
 
     def ages(self, response_ids: Sequence[str], *, version: int) -> Counter[int]:
-        """Return how many samples are how many policy versions behind the weights to be trained."""
-        return Counter(age_of(self.responses[response_id], version=version) for response_id in response_ids)
+        """Return how many samples are how many policy versions behind the weights to be trained.
+
+        What an answer was mended to is none.
+        """
+        sampled = [self.responses[response_id] for response_id in response_ids if response_id not in self.refined]
+        return Counter(age_of(response, version=version) for response in sampled)
 
     def judged(self) -> list[Judged]:
         """Return every response with its critiques, in the order in which queries and responses were sampled."""

@@ -170,7 +170,7 @@ def training_memory(shape: ModelShape, training: TrainingConfig, *, optimizer: s
     """
     parameters, ranks, stage = shape.num_parameters, training.num_ranks, training.zero_stage
     trained = num_trained(shape, training)
-    frozen = 0 if training.lora is None else parameters
+    frozen = 0 if training.adapter is None else parameters
     width = BYTES[training.dtype]
     gradient_width = 4 if training.dtype == "bf16" and stage >= 2 else width  # accumulated in fp32 there
     moments = 8 * trained
@@ -206,7 +206,7 @@ def first_weights_bytes(shape: ModelShape, training: TrainingConfig) -> int:
 
     Nothing, where they are the base of an adapter that it has already.
     """
-    if training.lora is not None and training.zero_stage < 3:
+    if training.adapter is not None and training.zero_stage < 3:
         return 0
     return shape.num_parameters * BYTES[training.dtype]
 
@@ -242,13 +242,16 @@ def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
 
 def num_trained(shape: ModelShape, training: TrainingConfig) -> int:
     """Return how many parameters are trained: all, or an adapter's, rank x (in + out) for each layer that it has."""
-    lora = training.lora
-    if lora is None:
+    adapter = training.adapter
+    if adapter is None:
         return shape.num_parameters
     hidden, kv, inner = shape.hidden_size, shape.kv_width, shape.intermediate_size
     ends = {"k_proj": hidden + kv, "v_proj": hidden + kv, "gate_proj": hidden + inner, "up_proj": hidden + inner}
     ends["down_proj"] = inner + hidden
-    return shape.num_layers * lora.rank * sum(ends.get(name, 2 * hidden) for name in lora.targets)
+    matrices = sum(ends.get(name, 2 * hidden) for name in adapter.targets)
+    # Of Panacea's layers sigma and s besides.
+    diagonals = 0 if training.panacea is None else (training.panacea.rank + 1) * len(adapter.targets)
+    return shape.num_layers * (adapter.rank * matrices + diagonals)
 
 
 def _outside_blocks(shape: ModelShape) -> int:

@@ -238,7 +238,7 @@ def planned_transfer(config: RunConfig, *, num_gpus: int | None) -> Transfer:
         gpus_per_replica=_engine_gpus(engine),
         in_turn="rollouts" in config.placement.colocate,
         num_gpus=num_gpus,
-        adapter=training.lora is not None,
+        adapter=training.adapter is not None,
     )
     return checked_transfer(config.weight_sync, ends, backends=usable_backends())
 
@@ -384,10 +384,10 @@ def _reward_plan(config: RunConfig, *, shape: ModelShape) -> RolePlan:
 
 def _of_adapter(shape: ModelShape, training: TrainingConfig) -> str:
     """Return what a rank trains where that is not all, as an ending of a sentence."""
-    if training.lora is None:
+    if training.adapter is None:
         return ""
     trained = num_trained(shape, training)
-    return f", an adapter of rank {training.lora.rank}: {trained:,} parameters, {trained / shape.num_parameters:.1%}"
+    return f", an adapter of rank {training.adapter.rank}: {trained:,} parameters, {trained / shape.num_parameters:.1%}"
 
 
 def _rank_cpus(config: RunConfig) -> float:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from actors.adapter import LINEAR_LAYERS
+from actors.adapter import LINEAR_LAYERS, AdapterConfig
 from actors.attacker import AttackerConfig
 from actors.critic import CriticConfig
 from actors.engine_config import EngineConfig
 from actors.experts import SimulatedExpertConfig
 from actors.oversight import OversightConfig
+from actors.refiner import RefinementConfig
 from actors.rollout import RolloutConfig
 from cluster.config import (
     Config,
@@ -42,6 +43,8 @@ from trainers.feedback.checks import (
     mix_problems,
     objectives_problems,
     oversight_problems,
+    panacea_problems,
+    refinement_problems,
     selection_problems,
     span_problems,
 )
@@ -55,7 +58,6 @@ from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
 from trainers.losses import forward_correction, load_loss
 from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
-from trainers.ranks.lora import LoraConfig
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
 from trainers.training_config import ReferenceWeights, TrainingConfig
@@ -92,7 +94,7 @@ class AttackerSection(Config):
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
     shares: Literal["rollouts"] | None = None
-    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora."""
+    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora or panacea."""
     sampling: AttackerConfig = AttackerConfig()
     """How the attacker's model is sampled."""
 
@@ -120,7 +122,7 @@ class CriticSection(Config):
     engine: EngineConfig = EngineConfig(model=BOOTSTRAP)
     """One engine of the pool; `model` is a Hugging Face directory or "bootstrap"."""
     shares: Literal["rollouts"] | None = None
-    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora."""
+    """"rollouts": no engines of its own, the base of the rollout pool's; with learner.training.lora or panacea."""
     judging: CriticConfig = CriticConfig()
     """How the critic is asked."""
 
@@ -167,6 +169,8 @@ class RunConfig(Config):
     """The simulated expert."""
     preferences: PreferenceConfig = PreferenceConfig()
     """How pairs are chosen."""
+    refinement: RefinementConfig | None = None
+    """How failed answers are mended, to be preferred to what they were; without the section none is."""
     selection: SelectionConfig = SelectionConfig()
     """Which labels are left out as probably wrong."""
     objectives: ObjectivesConfig | None = None
@@ -312,13 +316,14 @@ def _adapters(config: RunConfig) -> Iterator[str]:
     """Yield where an adapter has nothing to be one of, or a role shares engines that are not what it asks for."""
     for role in sharing(config):
         yield from _sharing_problems(config, role)
-    if config.learner.training.lora is not None and config.rollouts.engine.load_format == "dummy":
+    kind = "lora" if config.learner.training.panacea is None else "panacea"
+    if config.learner.training.adapter is not None and config.rollouts.engine.load_format == "dummy":
         yield (
-            'rollouts.engine.load_format: got "dummy" with learner.training.lora, wanted "auto": the base, which an '
+            f'rollouts.engine.load_format: got "dummy" with learner.training.{kind}, wanted "auto": the base, which an '
             "update does not bring, is read from the directory"
         )
-    for key, lora in adapters(config).items():
-        absent = [name for name in lora.targets if name not in LINEAR_LAYERS]
+    for key, adapter in adapters(config).items():
+        absent = [name for name in adapter.targets if name not in LINEAR_LAYERS]
         if config.learner.model == BOOTSTRAP and absent:
             yield (
                 f"{key}.targets: got {', '.join(absent)}, wanted layers of the base model's blocks: "
@@ -326,11 +331,16 @@ def _adapters(config: RunConfig) -> Iterator[str]:
             )
 
 
-def adapters(config: RunConfig) -> dict[str, LoraConfig]:
+def adapters(config: RunConfig) -> dict[str, AdapterConfig]:
     """Return the adapters that are trained, by the key of their section; the learner's model is the base of each."""
+    learner = config.learner.training
     reward = config.reward.training.lora if config.reward.kind == "model" else None
-    sections = {"learner.training.lora": config.learner.training.lora, "reward.training.lora": reward}
-    return {key: lora for key, lora in sections.items() if lora is not None}
+    sections = {
+        "learner.training.lora": learner.lora,
+        "learner.training.panacea": None if learner.panacea is None else learner.panacea.adapter,
+        "reward.training.lora": reward,
+    }
+    return {key: adapter for key, adapter in sections.items() if adapter is not None}
 
 
 def sharing(config: RunConfig) -> tuple[Literal["attacker", "critic"], ...]:
@@ -345,7 +355,7 @@ def sharing(config: RunConfig) -> tuple[Literal["attacker", "critic"], ...]:
 
 def _sharing_problems(config: RunConfig, role: Literal["attacker", "critic"]) -> Iterator[str]:
     section: AttackerSection | CriticSection = config.attacker if role == "attacker" else config.critic
-    if config.learner.training.lora is None:
+    if config.learner.training.adapter is None:
         yield (
             f'{role}.shares: got "rollouts" without learner.training.lora, wanted both: with all weights trained the '
             "rollout pool's engines are the learner's alone"
@@ -483,7 +493,17 @@ def _feedback(config: RunConfig) -> Iterator[str]:
         num_critiques=config.critic.judging.num_critiques,
         oversight=config.oversight,
     )
+    yield from refinement_problems(
+        config.refinement, loss=kind, oversight=config.oversight, objectives=config.objectives is not None
+    )
     yield from objectives_problems(config.objectives, loss=kind, loss_config=config.loss, oversight=config.oversight)
+    if config.learner.training.panacea is not None:
+        yield from panacea_problems(
+            config.learner.training.panacea,
+            objectives=config.objectives,
+            loss=kind,
+            max_policy_age=config.loop.max_policy_age,
+        )
 
 
 def _kl_control(loss: PolicyConfig, *, reference: str) -> Iterator[str]:

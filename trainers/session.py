@@ -29,6 +29,7 @@ from actors.experts import ExpertBudget, ExpertQueue, SimulatedExpert
 from actors.generation import OfBase
 from actors.oversight import Judged, make_oversight
 from actors.records import EvaluationAnswer, from_table
+from actors.refiner import Refiner
 from actors.rollout import Rollout
 from actors.rubrics import StepMarks
 from cluster.environment import git_commit
@@ -44,7 +45,9 @@ from trainers import loop_metrics, statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles, Stopped
 from trainers.evaluation import evaluation_sets
+from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_model import RewardModel, first_critique, read_response
+from trainers.feedback.trade_offs import TradeOffs
 from trainers.gpu_turns import GpuTurns, share_gpus
 from trainers.live import Live
 from trainers.loop_state import STAGES, LoopState, WallClock
@@ -280,7 +283,7 @@ async def _start_roles(
         Role.LEARNER: (config.rollouts.engine, config.rollouts.replicas),
         Role.CRITIC: (config.critic.engine, config.critic.replicas),
     }
-    lora = config.learner.training.lora
+    adapter = config.learner.training.adapter
     pools: dict[str, Pool[GenerationRequest, Completion]] = {}
     shared = await asyncio.to_thread(share_gpus, tenants(config), training=config.learner.training)
     if shared is not None:
@@ -297,8 +300,8 @@ async def _start_roles(
                 "sleeps": name in config.placement.colocate,
             }
         )
-        if lora is not None and role is Role.LEARNER:
-            engine = with_adapter(engine, lora.adapter, base_too=bool(shares))
+        if role is Role.LEARNER:
+            engine = with_adapter(engine, adapter, base_too=bool(shares))
         pools[name] = _pool(
             name,
             engine,
@@ -339,6 +342,13 @@ async def _start_roles(
     queue = ExpertQueue(store.path / "labels" / "queue.sqlite3")
     stack.callback(queue.close)
     expert = SimulatedExpert(gold.checker_for(Purpose.EXPERT), config=config.experts)
+    critic = Critic(
+        pools["critic"] if "critic" in pools else OfBase(pools["rollouts"]),
+        rubric=StepMarks(domain),
+        config=config.critic.judging,
+        run=config.name,
+        seed=config.seed,
+    )
     return Roles(
         attacker=Attacker(
             pools["attacker"] if "attacker" in pools else OfBase(pools["rollouts"]),
@@ -350,18 +360,13 @@ async def _start_roles(
             seed=config.seed,
         ),
         rollout=Rollout(pools["rollouts"], config=config.rollouts.sampling, run=config.name, seed=config.seed),
-        critic=Critic(
-            pools["critic"] if "critic" in pools else OfBase(pools["rollouts"]),
-            rubric=StepMarks(domain),
-            config=config.critic.judging,
-            run=config.name,
-            seed=config.seed,
-        ),
+        critic=critic,
         oversight=make_oversight(config.oversight, domain=domain, seed=config.seed),
         experts=ExpertDesk(queue, expert),
         learner_group=group,
         pools=pools,
         turns=turns,
+        refining=_refining(config, pools["rollouts"], critic=critic, model=Path(source.path)),
         reward_model=None if reward_group is None else _reward_model(config, reward_group, model=Path(source.path)),
     )
 
@@ -371,6 +376,33 @@ def _reward_group(config: RunConfig, *, source: ModelSource) -> TrainingGroup | 
     if config.reward.kind != "model":
         return None
     return TrainingGroup(name="reward_group", source=source, config=config.reward.training)
+
+
+def _refining(
+    config: RunConfig, pool: Pool[GenerationRequest, Completion], *, critic: Critic, model: Path
+) -> Refining | None:
+    """Return how failed answers are mended; None where none is."""
+    if config.refinement is None:
+        return None
+    tokenizer = load_tokenizer(model)
+    refiner = Refiner(
+        pool,
+        config=config.refinement,
+        max_tokens=config.rollouts.sampling.max_tokens,
+        encode=partial(encode_text, tokenizer),
+        run=config.name,
+        seed=config.seed,
+    )
+    return Refining(
+        refiner=refiner,
+        critic=critic,
+        preferences=config.preferences,
+        min_agreement=config.selection.min_agreement,
+        max_age=config.loop.max_policy_age,
+        tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
+        run=config.name,
+        seed=config.seed,
+    )
 
 
 def _reward_model(config: RunConfig, group: TrainingGroup, *, model: Path) -> RewardModel:
@@ -441,6 +473,11 @@ def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverC
         batch_size=config.learner.training.batch_size,
         selection=config.selection,
         objectives=config.objectives,
+        trade_offs=(
+            TradeOffs()
+            if config.learner.training.panacea is None or config.objectives is None
+            else TradeOffs(fixed=config.objectives.weights, seed=config.seed)
+        ),
         # At another temperature the engine's log-probs are of another distribution than the learner's.
         importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
         reference_weights=config.learner.reference,

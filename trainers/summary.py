@@ -156,6 +156,9 @@ class IterationMetrics(Config):
     """Rows of it trained on."""
     pairs_dropped: dict[str, Count]
     """Queries, answers or candidate pairs that gave none, by reason."""
+    refinement: dict[str, Count] = Field(default_factory=dict)
+    """Distinct failed answers (`failed`), how many were mended into a pair (`refined`), and what became of the others,
+    by cause (trainers.feedback.refinement); empty where none is mended."""
     proposals: dict[str, Count]
     """The attacker's proposals by what became of them (accepted, invalid, repeated, ...)."""
     sample_ages: dict[int, Count] = Field(default_factory=dict)
@@ -177,6 +180,9 @@ class IterationMetrics(Config):
     """Means over this iteration's optimizer steps, by name: loss, KL, gradient norm and what else a loss reports."""
     feedback: FeedbackMetrics | None = None
     """What experts' labels of answers drawn at random say; None where none was drawn (oversight.calibration)."""
+    preference: tuple[Fraction, ...] | None = None
+    """Weights of objectives.names that were drawn for this iteration's rollouts and update, of a learner that is
+    trained for all of them (learner.training.panacea); None of others."""
 
 
 class BeforeAfter(Config):

@@ -173,6 +173,7 @@ def scalars(row: IterationMetrics) -> Iterator[tuple[str, float]]:
     yield from ((tag, float(value)) for tag, value in named.items() if value is not None)
     for group, values in (
         ("pairs_dropped", row.pairs_dropped),
+        ("refinement", row.refinement),
         ("proposals", row.proposals),
         ("lost", row.lost),
         ("seconds", row.seconds),

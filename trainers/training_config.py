@@ -7,9 +7,11 @@ from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.adapter import AdapterConfig
 from cluster.config import Config
 from cluster.node_labels import checked_labels
 from trainers.ranks.lora import LoraConfig
+from trainers.ranks.panacea_config import PanaceaConfig
 
 ReferenceWeights: TypeAlias = Literal["start_of_update", "bootstrap"]
 """Which weights the reference's log-probs are of: those at the update's start, or the first that the group had."""
@@ -40,6 +42,8 @@ class TrainingConfig(Config):
     """The policy learns also what its responses will score, with a head on its last hidden state; for ppo and relc."""
     lora: LoraConfig | None = None
     """Train an adapter in the place of the weights; without this section all of them are trained."""
+    panacea: PanaceaConfig | None = None
+    """Train layers that hang on a preference vector in the place of the weights: one learner for all trade-offs."""
     learning_rate: float = Field(default=1e-5, gt=0.0)
     """Greatest learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,8 +90,16 @@ class TrainingConfig(Config):
             raise ValueError('dtype: got "bf16" with zero_stage = 0, which keeps no fp32 weights; set zero_stage = 1')
         if self.optimizer == "muon" and self.zero_stage != 0:
             raise ValueError(f'optimizer: got "muon" with zero_stage = {self.zero_stage}, wanted 0; or use "adamw"')
-        if self.optimizer == "muon" and self.lora is not None:
-            raise ValueError('optimizer: got "muon" with lora, wanted "adamw": it is for whole matrices')
+        if self.lora is not None and self.panacea is not None:
+            raise ValueError("panacea: got it with lora, wanted one of the two: both take the weights' place")
+        if self.panacea is not None and self.value_head:
+            raise ValueError(
+                "panacea: got it with value_head = true, wanted false: a value is of one trade-off, and knows of none; "
+                "take a loss without values, such as grpo"
+            )
+        if self.optimizer == "muon" and self.adapter is not None:
+            name = "lora" if self.panacea is None else "panacea"
+            raise ValueError(f'optimizer: got "muon" with {name}, wanted "adamw": it is for whole matrices')
         if self.offload == "cpu" and self.zero_stage == 0:
             raise ValueError(
                 'offload: got "cpu" with zero_stage = 0, wanted 1, 2 or 3: what the ranks split is what they put aside'
@@ -101,6 +113,13 @@ class TrainingConfig(Config):
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, wanted two numbers in [0, 1)")
         return self
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What engines are told of an adapter that is trained in the place of the weights; None where they are."""
+        if self.lora is not None:
+            return self.lora.adapter
+        return None if self.panacea is None else self.panacea.adapter
 
 
 def learning_rate(config: TrainingConfig, *, step: int) -> float:

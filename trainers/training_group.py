@@ -344,6 +344,20 @@ class TrainingGroup:
             num_ranks=self.config.num_ranks,
         )
 
+    async def set_preference(self, preference: Sequence[float]) -> None:
+        """Have everything that follows, updates and exports too, be of one trade-off between objectives.
+
+        It is in no checkpoint: whoever loads one sets it again.
+
+        Raises:
+            ValueError: the group trains no layers of Panacea, or the vector is not in the simplex of their objectives.
+        """
+        vector = tuple(preference)
+        self._published = None
+        await self._call(
+            "set_preference", lambda rank: rank.set_preference.remote(vector), deadline_s=self.config.call_deadline_s
+        )
+
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
         """Return, for each sequence of n tokens, the log-probs (nats, fp32) of tokens 2..n, without dropout.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from actors.oversight import CONTROLS, OversightConfig
+from actors.refiner import RefinementConfig
 from cluster.config import Config, plugin_names
 from trainers.feedback.mixed_feedback import MixConfig
 from trainers.feedback.objectives import ObjectivesConfig
@@ -12,6 +13,7 @@ from trainers.feedback.selection import SelectionConfig
 from trainers.feedback.training_data import material_of, reads_spans
 from trainers.losses import PairBatch, load_loss
 from trainers.losses.modpo import Config as ModpoConfig
+from trainers.ranks.panacea_config import PanaceaConfig
 
 DRAWS = ("escalation", "shuffled")
 """Kinds of oversight that put answers drawn at random before experts."""
@@ -125,4 +127,49 @@ def objectives_problems(
         yield (
             f'objectives: got the section with loss.kind = "{loss}", wanted modpo or a loss that learns from scores, '
             "such as grpo: others know of one objective alone"
+        )
+
+
+def panacea_problems(
+    panacea: PanaceaConfig, *, objectives: ObjectivesConfig | None, loss: str, max_policy_age: int
+) -> Iterator[str]:
+    """Yield where one learner can't be trained for all trade-offs as asked."""
+    key = "learner.training.panacea"
+    if objectives is None:
+        yield f"{key}: got it without objectives, wanted a section [objectives]: it is trained for their trade-offs"
+        return
+    if panacea.num_objectives != len(objectives.names):
+        yield (
+            f"{key}.num_objectives: got {panacea.num_objectives}, wanted {len(objectives.names)}, as many as "
+            "objectives.names"
+        )
+    if loss == "modpo":
+        yield (
+            f'{key}: got it with loss.kind = "modpo", wanted a loss that learns from scores, such as grpo: the weights '
+            "of modpo are the loss's own, and do not follow those that an iteration draws"
+        )
+    if max_policy_age:
+        yield (
+            f"{key}: got it with loop.max_policy_age = {max_policy_age}, wanted 0: samples that one trade-off made do "
+            "not train another"
+        )
+
+
+def refinement_problems(
+    refinement: RefinementConfig | None, *, loss: str, oversight: OversightConfig, objectives: bool
+) -> Iterator[str]:
+    """Yield where failed answers can't be mended as asked."""
+    if refinement is None:
+        return
+    if material_of(loss) != "pairs":
+        yield f'refinement.kind: got "{refinement.kind}" with loss.kind = "{loss}", wanted a loss of pairs, such as dpo'
+    if oversight.kind in CONTROLS:
+        yield (
+            f'refinement.kind: got "{refinement.kind}" with oversight.kind = "{oversight.kind}", wanted escalation or '
+            "single: the fixes are the critic's, so that the control would learn from what the critic wrote"
+        )
+    if objectives:
+        yield (
+            f'refinement.kind: got "{refinement.kind}" with a section [objectives], wanted one of the two: the '
+            "objectives score the learner's answers, not mended ones"
         )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from actors.oversight import EXPERT
-from actors.records import PreferencePair, Query, Response, Verdict, lineage_id
+from actors.records import PreferencePair, Query, Response, Verdict, lineage_id, policy_number
 from actors.rubrics import FAIL, PASS
 from cluster.config import Config
 from trainers.feedback.mixed_feedback import MixConfig
@@ -164,4 +164,4 @@ def _pair(
 
 def age_of(response: Response, *, version: int) -> int:
     """Return how many versions a response's weights are behind those to be trained; they are named v0, v1, …"""
-    return version - int(response.policy_version.removeprefix("v"))
+    return version - policy_number(response.policy_version)

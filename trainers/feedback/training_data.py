@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import pyarrow as pa
 
 from actors.oversight import EXPERT, Judged
-from actors.records import PreferencePair, Response, Verdict, to_table
+from actors.records import LeftOut, PreferencePair, Response, Verdict, lineage_id, to_table
 from actors.rubrics import PASS
 from trainers.feedback.preferences import Pairs, age_of
 from trainers.feedback.segments import SegmentSettings, TokensSpanning, rewards_of
@@ -219,6 +219,34 @@ def of_accepted(
     if spans is not None:
         columns["flagged"] = pa.array([flags for _, flags in kept.values()], pa.list_(pa.bool_()))
     return _data(pa.table(columns), items, dropped)
+
+
+def left_out(
+    judged: Sequence[Judged],
+    verdicts: Sequence[Verdict],
+    data: TrainingData,
+    *,
+    material: Material,
+    run: str,
+    iteration: int,
+) -> list[LeftOut]:
+    """Return the responses that could have been rows and are none: too old, equal to another, not to be trusted.
+
+    Of accepted responses those that fail are not meant to be rows.
+    """
+    used = set(data.response_ids)
+    labels = {name: verdict.label for name, verdict in _with_label(verdicts).items()}
+    known = {name for name, label in labels.items() if label == PASS or material != "accepted"}
+    return [
+        LeftOut(
+            left_out_id=lineage_id(run, iteration=iteration, stage="left_out", parents=[name]),
+            query_id=item.query.query_id,
+            response_id=name,
+            iteration=iteration,
+        )
+        for item in judged
+        if (name := item.response.response_id) in known and name not in used
+    ]
 
 
 def _reward(verdicts: Sequence[Verdict]) -> float:

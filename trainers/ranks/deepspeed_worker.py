@@ -65,6 +65,7 @@ from trainers.losses import (
 )
 from trainers.policy_gradient import PolicyLoss
 from trainers.ranks import shared_prompts
+from trainers.ranks.adapters import adapter_in, adapter_topology
 from trainers.ranks.checkpoint_files import (
     MANIFEST,
     CorruptCheckpoint,
@@ -88,8 +89,9 @@ from trainers.ranks.deepspeed_engine import (
 )
 from trainers.ranks.first_weights import FirstWeights
 from trainers.ranks.kl_probe import KlProbe, KlReached, distributions, probe_rows
-from trainers.ranks.lora import adapter_parameters, add_adapter, base_checksum, merged_parameters, without_adapter
+from trainers.ranks.lora import base_checksum
 from trainers.ranks.model_source import ModelSource, load_model, max_positions
+from trainers.ranks.panacea import set_preference
 from trainers.ranks.random_states import random_states, restore_random_states, seed_all
 from trainers.ranks.reference_cache import weights_digest
 from trainers.ranks.rendezvous import Rendezvous, join, meet_by, node_address, tcp_store
@@ -106,7 +108,6 @@ from trainers.ranks.update_start import (
     rows_for,
     temperature_of,
 )
-from trainers.ranks.value_head import NAME as VALUE_HEAD
 from trainers.ranks.value_head import add_value_head, aligned_values, policy_parameters
 from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 
@@ -277,9 +278,10 @@ class DeepSpeedRank:
         self._universal = universal
         seed_all(config.seed * 100_003 + self._rank)
         model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-        self._base = "" if config.lora is None else base_checksum(model)
-        if config.lora is not None:
-            add_adapter(model, config.lora, seed=config.seed)
+        self._adapter = adapter_in(config)
+        self._base = "" if self._adapter is None else base_checksum(model)
+        if self._adapter is not None:
+            self._adapter.add(model, seed=config.seed)
         if config.value_head:
             add_value_head(model)
         if config.shared_prompts:
@@ -447,10 +449,10 @@ class DeepSpeedRank:
         engine, first = self._engine, self._first
         _ = first.digest  # a collective, which all ranks come to here
         # An adapter's base is here already; under ZeRO 3 one rank alone, whose rows are not cached, can't ask it.
-        is_here = self._config.lora is not None and self._config.zero_stage < 3
-        self._engine, self._by_first = engine if is_here else first, True
+        adapter = self._adapter if self._config.zero_stage < 3 else None
+        self._engine, self._by_first = first if adapter is None else engine, True
         try:
-            with without_adapter(engine.module) if is_here else nullcontext():
+            with nullcontext() if adapter is None else adapter.without(engine.module):
                 yield
         finally:
             self._engine, self._by_first = engine, False
@@ -667,6 +669,10 @@ class DeepSpeedRank:
                 f"the learning rate of {report.learning_rate:g}"
             )
 
+    def set_preference(self, preference: Sequence[float]) -> None:
+        """Have everything that follows, updates and exports too, be of one vector (`trainers.ranks.panacea`)."""
+        set_preference(self._engine.module, preference)
+
     # --------------------------------------------------------------------------------------------------- log-probs
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[int, tuple[float, ...]]:
@@ -816,7 +822,7 @@ class DeepSpeedRank:
 
     def _parameters(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Return name, dtype and whole shape of what `_gathered` gives, without gathering."""
-        named = self._published()
+        named = policy_parameters(self._engine.module)  # an adapter never goes this way
         # Under ZeRO 3 a parameter's own shape is that of what this rank holds, or of nothing.
         return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
@@ -839,32 +845,34 @@ class DeepSpeedRank:
         for name, parameter in self._exported():
             if self._rank == 0:
                 weights[name] = parameter.detach().cpu().clone()
-        if self._rank == 0:
-            target = Path(path)
-            beside = fresh_beside(target)
+        target = Path(path)
+        beside = fresh_beside(target) if self._rank == 0 else None
+        if beside is not None:
             self._engine.module.save_pretrained(beside, state_dict=weights)
             copy_tokenizer(Path(self._source.path), beside)
+        if self._adapter is not None:
+            self._adapter.write(self._engine.module, beside, whole=self._whole, base=self._base)
+        if beside is not None:
             publish_directory(beside, target)
         dist.barrier()
 
-    def _published(self) -> Iterator[tuple[str, Any]]:
-        """Yield what the rollout pool is given, as this rank holds it: the policy's parameters, or its adapter's alone.
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the rollout pool is given, whole: the policy's parameters, or its adapter's alone.
 
         A tied head has no entry of its own.
         """
-        return (policy_parameters if self._config.lora is None else adapter_parameters)(self._engine.module)
-
-    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same, whole also under ZeRO 3."""
-        for name, parameter in self._published():
+        if self._adapter is not None:
+            yield from self._adapter.published(self._engine.module, whole=self._whole)
+            return
+        for name, parameter in policy_parameters(self._engine.module):
             with self._whole(parameter):
                 yield name, parameter.detach()
 
     def _exported(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the whole policy, an adapter merged into its base."""
-        if self._config.lora is None:
+        if self._adapter is None:
             return self._gathered()
-        return merged_parameters(self._engine.module, whole=self._whole, leave_out=VALUE_HEAD)
+        return self._adapter.merged(self._engine.module, whole=self._whole)
 
     def _whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
         return whole_parameter(parameter) if self._config.zero_stage == 3 else nullcontext()
@@ -887,7 +895,7 @@ class DeepSpeedRank:
             tag=CHECKPOINT_TAG,
             client_state={},
             save_latest=False,
-            exclude_frozen_parameters=self._config.lora is not None,
+            exclude_frozen_parameters=self._adapter is not None,
         )
         torch.save(random_states(), beside / f"random-{self._rank:05d}.pt")
         if self._rank == 0:
@@ -925,7 +933,7 @@ class DeepSpeedRank:
         here = self._topology()
         there = {key: saved.get(key) for key in here}
         # An adapter's checkpoint leaves out its base, which is that of the topology.
-        whole = self._config.lora is None
+        whole = self._adapter is None
         resized = whole and there != here and {**there, "num_ranks": self._num_ranks} == here
         if there != here and not resized:
             raise CorruptCheckpoint(
@@ -975,8 +983,7 @@ class DeepSpeedRank:
     def _topology(self) -> dict[str, Any]:
         config = self._config
         topology = {"num_ranks": self._num_ranks, "zero_stage": config.zero_stage, "dtype": config.dtype}
-        lora = None if config.lora is None else {**config.lora.model_dump(mode="json"), "base": self._base}
-        return {**topology, "lora": lora}
+        return {**topology, **adapter_topology(config, base=self._base)}
 
     def _counters(self) -> dict[str, float | None]:
         return {

@@ -3,45 +3,38 @@
     W(lambda) = W_0 + U diag(sigma_1 .. sigma_k, s lambda_1 .. s lambda_m) V^T
 
 (Zhong et al. 2024, "Panacea: Pareto alignment via preference adaptation for LLMs", arXiv 2402.02030.) W_0 (d_out, d_in)
-is frozen; U (d_out, k + m), V (d_in, k + m), sigma (k,) and the scalar s of each matrix are learnt; lambda, in the
+is frozen; U (d_out, k + m), V (d_in, k + m), sigma (k,) and the one number s of each matrix are learnt; lambda, in the
 simplex of m objectives, is put in and has no gradient. With m = 0 it is LoRA with singular values.
 
-    add_panacea ──► draw_preference ──► set_preference ──► rollouts and update with that vector ──► the next
-                                                    └────► export: merged weights, or LoRA's A and B, of one vector
+    add_panacea ──► set_preference ──► an iteration's rollouts, log-probs and update with that vector ──► the next
+                               └────► export: merged weights, or LoRA's A and B, of one vector
 
-The paper orthogonalises U and V softly; ours leaves them free (their span is what matters for W). Knows no DeepSpeed.
+The paper orthogonalises U and V softly; ours leaves them free (their span is what matters for W). Knows no DeepSpeed: a
+whole tensor under ZeRO 3 is what the caller's `whole` gives. Who draws the vectors is trainers/feedback/trade_offs.py.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from actors.adapter import AdapterConfig, adapter_shapes, tensor_name, write_adapter
-from actors.records import draw_seed
+from actors.adapter import tensor_name, write_adapter
+from trainers.ranks.lora import check_targets
+from trainers.ranks.panacea_config import PanaceaConfig
 
 BASE = ".base_layer."
 """What wrapping puts into the names of a layer's own parameters."""
 
 
-class PanaceaConfig(AdapterConfig):
-    """Which layers are adapted, and to how many objectives; `rank` is k, `alpha` has no part."""
-
-    num_objectives: int = Field(default=2, ge=0)
-    """m: entries of the preference vector; 0 makes it LoRA with singular values."""
-    initial_deviation: float = Field(default=0.02, gt=0.0)
-    """Standard deviation of U and V at first; sigma and s are 0, so that the model begins as W_0 exactly."""
-
-    @property
-    def width(self) -> int:
-        """k + m: the rank of an exported adapter."""
-        return self.rank + self.num_objectives
+Whole: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
+"""A context within which a parameter is whole."""
+LEARNT = ("left", "right", "singular_values", "scale")
+"""What is learnt of a layer: U, V, sigma, s."""
 
 
 class PanaceaLinear(nn.Module):
@@ -60,10 +53,12 @@ class PanaceaLinear(nn.Module):
         """V (d_in, k + m)."""
         self.singular_values = nn.Parameter(weight.new_zeros(config.rank))
         """sigma (k,)."""
-        self.scale = nn.Parameter(weight.new_zeros(()))
-        """s."""
+        self.scale = nn.Parameter(weight.new_zeros(1))
+        """s, (1,): DeepSpeed takes no tensor without a dimension."""
         share = 1.0 / max(config.num_objectives, 1)
         self.register_buffer("preference", weight.new_full((config.num_objectives,), share), persistent=False)
+        self.adapted = True
+        """Whether what is added is added; else the layer answers as its base."""
 
     def diagonal(self) -> Tensor:
         """Return (k + m,): sigma, then s * lambda."""
@@ -71,8 +66,8 @@ class PanaceaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., d_out] of [..., d_in]: W(lambda) x, and the bias."""
-        added = ((x @ self.right) * self.diagonal()) @ self.left.T
-        return cast(Tensor, self.base_layer(x)) + added
+        base = cast(Tensor, self.base_layer(x))
+        return base + ((x @ self.right) * self.diagonal()) @ self.left.T if self.adapted else base
 
     def update(self) -> Tensor:
         """Return (d_out, d_in) fp32: W(lambda) - W_0."""
@@ -91,16 +86,14 @@ def add_panacea(model: Any, config: PanaceaConfig, *, seed: int) -> None:
     Raises:
         ValueError: a target names no linear layer of the model's blocks.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    adapter_shapes(shapes, config, key="panacea")
+    check_targets(model, config.adapter, key="panacea")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in list(model.named_modules()):
         path, _, last = name.rpartition(".")
         if last in config.targets and any(part.isdigit() for part in path.split(".")):
-            if not isinstance(layer, nn.Linear):
-                raise ValueError(f"panacea: got {name}, a {type(layer).__name__}, wanted a Linear layer")
+            assert isinstance(layer, nn.Linear), "checked above"
             setattr(model.get_submodule(path), last, PanaceaLinear(layer, config, generator=generator))
 
 
@@ -109,18 +102,6 @@ def layers_of(model: Any) -> Iterator[tuple[str, PanaceaLinear]]:
     for name, layer in model.named_modules():
         if isinstance(layer, PanaceaLinear):
             yield name, layer
-
-
-def draw_preference(num_objectives: int, *, seed: int, iteration: int) -> tuple[float, ...]:
-    """Return an iteration's vector, uniform on the simplex and the same on every rank.
-
-    It holds for the iteration's rollouts and for its whole update: what one vector sampled another must not be blamed
-    for.
-    """
-    rng = random.Random(draw_seed(seed, "preference", iteration))
-    parts = [rng.expovariate(1.0) for _ in range(num_objectives)]
-    total = sum(parts)
-    return tuple(part / total for part in parts)
 
 
 def set_preference(model: Any, preference: Sequence[float]) -> None:
@@ -142,34 +123,77 @@ def set_preference(model: Any, preference: Sequence[float]) -> None:
         layer.preference.copy_(layer.preference.new_tensor(list(preference)))
 
 
+@contextmanager
+def without_panacea(model: Any) -> Iterator[None]:
+    """Have the model answer as its base does: the policy at the run's start, whatever the vector."""
+    layers = [layer for _, layer in layers_of(model)]
+    for layer in layers:
+        layer.adapted = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapted = True
+
+
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(
+    model: Any, *, whole: Whole = nullcontext, leave_out: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the base model's parameters with W(lambda) in W_0's place, by the base's names, for the vector set.
 
     Added up in fp32 and rounded to W_0's type.
+
+    Args:
+        model: one with the layers.
+        whole: within it a parameter is whole.
+        leave_out: name of a child that is no part of the base model.
     """
-    updates = {f"{name}{BASE}weight": layer for name, layer in layers_of(model)}
-    own = {
-        id(p) for _, layer in layers_of(model) for p in (layer.left, layer.right, layer.singular_values, layer.scale)
-    }
+    layers = {f"{name}{BASE}weight": layer for name, layer in layers_of(model)}
+    own = {id(parameter) for layer in layers.values() for parameter in learnt_of(layer).values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
+        if id(parameter) in own or name.startswith(f"{leave_out}."):
             continue
-        value = parameter.detach()
-        if name in updates:
-            with torch.no_grad():
-                value = (value.float() + updates[name].update()).to(value.dtype)
-        yield name.replace(BASE, "."), value
+        layer = layers.get(name)
+        with _all_whole(whole, parameter, *(() if layer is None else learnt_of(layer).values())), torch.no_grad():
+            value = parameter.detach()
+            if layer is not None:
+                value = (value.float() + layer.update()).to(value.dtype)
+            yield name.replace(BASE, "."), value
 
 
-def adapter_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def adapter_parameters(model: Any, *, whole: Whole = nullcontext) -> Iterator[tuple[str, Tensor]]:
     """Yield A = diag V^T (k + m, d_in) and B = U (d_out, k + m) of every layer, by peft's names, for the vector set."""
     for name, layer in layers_of(model):
-        with torch.no_grad():
-            yield tensor_name(name, "lora_A"), (layer.right * layer.diagonal()).T.contiguous()
-            yield tensor_name(name, "lora_B"), layer.left.detach().clone()
+        with _all_whole(whole, *learnt_of(layer).values()), torch.no_grad():
+            a = (layer.right * layer.diagonal()).T.contiguous()
+            b = layer.left.detach().clone()
+        yield tensor_name(name, "lora_A"), a
+        yield tensor_name(name, "lora_B"), b
+
+
+def learnt_parameters(model: Any, *, whole: Whole = nullcontext) -> Iterator[tuple[str, Tensor]]:
+    """Yield copies of U, V, sigma and s of every layer, by layer and attribute: what all vectors' weights are of."""
+    for name, layer in layers_of(model):
+        for attribute, parameter in learnt_of(layer).items():
+            with whole(parameter):
+                value = parameter.detach().cpu().clone()
+            yield f"{name}.{attribute}", value
+
+
+def learnt_of(layer: PanaceaLinear) -> dict[str, nn.Parameter]:
+    """Return U, V, sigma and s by their attribute."""
+    return {attribute: getattr(layer, attribute) for attribute in LEARNT}
+
+
+@contextmanager
+def _all_whole(whole: Whole, *parameters: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for parameter in parameters:
+            stack.enter_context(whole(parameter))
+        yield
 
 
 def export_merged(model: Any, path: Path, preference: Sequence[float]) -> None:
@@ -189,5 +213,4 @@ def export_adapter(
     One base with an adapter for each of several vectors serves several trade-offs at once.
     """
     set_preference(model, preference)
-    adapter = AdapterConfig(rank=config.width, alpha=float(config.width), targets=config.targets)
-    write_adapter(path, adapter_parameters(model), adapter, base_model=base_model)
+    write_adapter(path, adapter_parameters(model), config.adapter, base_model=base_model)

@@ -83,11 +83,13 @@ def corrected(
     sampled = np.zeros(reference.sums.shape)
     for sums, responses in zip(sampled, rows.rollout_logprobs, strict=True):
         sums[: len(responses)] = [logprobs.sum() for logprobs in responses]
+    # What no policy has sampled as it is has no ratio: it is left as it is, and tells nothing of the engines.
+    known = np.array([bool(responses) for responses in rows.rollout_logprobs], dtype=np.bool_)
     stale = rows.ages > 0
-    log_ratios = (reference.sums.double().numpy() - sampled).sum(axis=1)
+    log_ratios = np.where(known, (reference.sums.double().numpy() - sampled).sum(axis=1), 0.0)
     factors = correction(log_ratios, stale=stale, config=config)
     gaps = reference.gaps.double().numpy().sum(axis=1)
-    told = _staleness(gaps, num_tokens=rows.num_response_tokens, stale=stale)
+    told = _staleness(gaps[known], num_tokens=rows.num_response_tokens[known], stale=stale[known])
     said = {"importance_mean": float(factors.mean()), **told}
     return replace(rows, correction=factors), said
 
