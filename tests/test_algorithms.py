@@ -12,16 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import elenchus
 from actors.records import Response
-from benchmarks.algorithms import (
-    ALGORITHMS,
-    FINALISTS,
-    Outcome,
-    best_rates,
-    choice_table,
-    finalists,
-    report_table,
-    words_of,
-)
+from benchmarks.algorithms import ALGORITHMS, Outcome, best_rates, choice_table, report_table, words_of
 from benchmarks.run_figures import RunFigures, kl_from, self_bleu
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.logprobs import token_logprobs
@@ -62,12 +53,6 @@ def test_the_rate_that_learnt_fastest_on_probe_is_chosen_whatever_the_sealed_pro
     # Two seeds count by their mean.
     assert best_rates([ONE, replace(ONE, seed=52, probe=(0.1, 0.1, 0.1)), slow]) == {"dpo": "1e-5"}
     assert "**3e-5** | 51 | 0.700 | 0.50, 0.70, 0.90 | 10.0 |" in choice_table([ONE, slow])
-
-
-def test_the_best_go_on_to_the_other_rates() -> None:
-    speeds = {f"loss{number}": number / 20 for number in range(FINALISTS + 3)}
-    first = [replace(ONE, algorithm=name, probe=(speed,) * 3) for name, speed in speeds.items()]
-    assert finalists(first) == [f"loss{number}" for number in range(FINALISTS + 2, 2, -1)]
 
 
 def replace_gain(gain: float) -> GainSummary:
