@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from actors.domains.arithmetic import Arithmetic, Config
 from actors.oversight import Judged
+from actors.records import Verdict
 from actors.rubrics import StepMarks
 from tests.fake_pool import spoken
-from tests.small_records import make_query, make_response
+from tests.small_records import make_query, make_response, make_verdict
 from trainers.feedback.segments import SegmentRewards, Span, rewards_of, segment_rewards
 from trainers.losses import relc
 
@@ -103,9 +104,9 @@ def criticised(*texts: str) -> Judged:
     return Judged(query=make_query(text="47+86"), response=response, critiques=tuple(critiques))
 
 
-def rewards(item: Judged, **settings: Any) -> dict[int, float]:
+def rewards(item: Judged, verdict: Verdict | None = None, **settings: Any) -> dict[int, float]:
     """Return the tokens that are paid or charged."""
-    found = rewards_of(item, relc.Config(**settings), lambda ids, num_chars: min(num_chars, len(ids)))
+    found = rewards_of(item, verdict, relc.Config(**settings), lambda ids, num_chars: min(num_chars, len(ids)))
     assert len(found) == len(ANSWER) + 1
     return {place: value for place, value in enumerate(found) if value}
 
@@ -119,10 +120,10 @@ def test_a_step_that_the_critic_marks_right_is_paid_and_one_that_it_marks_wrong_
     assert math.fsum(spread.values()) == pytest.approx(-1)
 
 
-def test_many_steps_are_scaled_down_to_the_cap_and_none_is_no_cap() -> None:
+def test_many_steps_are_scaled_down_to_the_cap_and_zero_is_no_cap() -> None:
     item = criticised(FAULTED)
     assert rewards(item, praise=False, segment_cap=1.0) == {SECOND: -0.5, RESULT: -0.5}
-    assert rewards(item, praise=False, segment_cap=None) == {SECOND: -1, RESULT: -1}
+    assert rewards(item, praise=False, segment_cap=0.0) == {SECOND: -1, RESULT: -1}
 
 
 def test_a_response_has_the_mean_of_its_readable_critiques() -> None:
@@ -132,6 +133,16 @@ def test_a_response_has_the_mean_of_its_readable_critiques() -> None:
     assert not cut.critiques[1].parse_ok
     assert rewards(cut) == rewards(criticised(FAULTED))
     assert rewards(criticised(FAULTED[:-1])) == {}
+
+
+def test_what_an_expert_overrules_pays_nothing_and_what_one_confirms_pays() -> None:
+    item = criticised(FAULTED)
+    assert item.critic_verdict.label == "fail"
+    assert rewards(item, make_verdict("r", 1.0, source="expert")) == {}
+    assert rewards(item, make_verdict("r", 0.0, source="expert")) == rewards(item)
+    assert rewards(item, make_verdict("r", 0.1)) == rewards(item)
+    praised = criticised("7+6+0=13?7+6+0=13y4+8+0=12?4+8+0=12y123?123yP")
+    assert rewards(praised, make_verdict("r", 0.0, source="expert")) == {}
 
 
 def test_a_step_that_is_not_in_the_answer_pays_nothing() -> None:

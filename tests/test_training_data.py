@@ -14,6 +14,7 @@ from cluster.config import plugin_names
 from tests.small_records import make_judged, make_verdict
 from trainers.batches import pair_rows, sample_rows, token_rows
 from trainers.feedback.preferences import PreferenceConfig, build_pairs
+from trainers.feedback.segments import SegmentSettings
 from trainers.feedback.training_data import (
     Material,
     TrainingData,
@@ -27,7 +28,7 @@ from trainers.feedback.training_data import (
     reads_spans,
 )
 from trainers.group_rows import group_rows
-from trainers.losses import relc
+from trainers.losses import load_loss, relc
 
 ANSWERS = ((0.9, "a"), (0.9, "a"), (0.1, "b"), (None, "c"))
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
@@ -82,6 +83,12 @@ def test_samples_are_all_judged_responses_with_their_scores_copies_too() -> None
     assert rows.rollout_logprobs[0].tolist() == [0, 0, 0, -0.5, -0.5, -0.5, -0.5, -0.5, *[0] * 1]
     older = of_samples(judged, verdicts, version=0, max_age=1, spans=None)
     assert older.table.column("age").to_pylist() == [0, 0, 0, 1]
+
+
+def test_a_loss_that_is_paid_by_spans_says_that_it_reads_them_so_that_no_control_takes_it() -> None:
+    paid = [name for name in plugin_names("trainers.losses") if isinstance(load_loss(name).Config(), SegmentSettings)]
+    assert paid == ["relc"]
+    assert all(reads_spans(name) for name in paid)
 
 
 def test_a_loss_that_is_paid_by_spans_gets_a_reward_for_every_token() -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from actors.oversight import Judged
-from actors.records import Critique, Response
+from actors.oversight import EXPERT, Judged
+from actors.records import Critique, Response, Verdict
 from actors.rubrics import praised_spans
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class SegmentSettings(Protocol):
 
     praise: bool
     placement: Placement
-    segment_cap: float | None
+    segment_cap: float
+    """0: no bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,22 +111,29 @@ def _uncancelled(spans: list[tuple[Span, Sequence[int]]]) -> list[tuple[Span, Se
 
 def spans_of(critique: Critique, response: Response, *, praise: bool) -> list[Span]:
     """Return what a critique points at, each stretch once; with `praise` also what it found right."""
-    flaws = dict.fromkeys((issue.start, issue.end) for issue in critique.issues)
-    found = [Span(start=start, end=end, quote=response.text[start:end], sign=-1) for start, end in flaws]
+    flaws = dict.fromkeys((issue.start, issue.end, issue.quote) for issue in critique.issues)
+    found = [Span(start=start, end=end, quote=quote, sign=-1) for start, end, quote in flaws]
     if praise:
         good = praised_spans(critique.text, response.text)
         found += [Span(start=start, end=end, quote=response.text[start:end], sign=1) for start, end in good]
     return found
 
 
-def rewards_of(item: Judged, settings: SegmentSettings, tokens_spanning: TokensSpanning) -> list[float]:
-    """Return a response's segment rewards, one for each token: the mean over its readable critiques; 0 without any."""
+def rewards_of(
+    item: Judged, verdict: Verdict | None, settings: SegmentSettings, tokens_spanning: TokensSpanning
+) -> list[float]:
+    """Return a response's segment rewards, one for each token: the mean over its readable critiques; 0 without any.
+
+    All are 0 where an expert's verdict is not the critic's: what was wrong about the whole is not to be trusted on its
+    parts.
+    """
     ids, text = item.response.token_ids, item.response.text
 
     def tokens_of(start: int, end: int) -> range:
         return range(max(0, tokens_spanning(ids, start + 1) - 1), tokens_spanning(ids, end))
 
-    readable = [critique for critique in item.critiques if critique.parse_ok]
+    overruled = verdict is not None and verdict.source == EXPERT and verdict.label != item.critic_verdict.label
+    readable = [critique for critique in item.critiques if critique.parse_ok and not overruled]
     total = [0.0] * len(ids)
     for critique in readable:
         found = segment_rewards(
@@ -134,7 +142,7 @@ def rewards_of(item: Judged, settings: SegmentSettings, tokens_spanning: TokensS
             num_tokens=len(ids),
             tokens_of=tokens_of,
             placement=settings.placement,
-            cap=settings.segment_cap,
+            cap=settings.segment_cap or None,
         )
         total = [sum(pair) for pair in zip(total, found.rewards.tolist(), strict=True)]
     return [value / max(1, len(readable)) for value in total]

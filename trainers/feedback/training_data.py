@@ -120,8 +120,9 @@ def of_samples(
         segments: reward also the tokens that critiques praise and fault, in this way.
         scores: by response id, in the place of the verdicts'; None: a response's score is its verdict's.
     """
+    labelled = _with_label(verdicts)
     known: Mapping[str, float | None] = (
-        {name: verdict.score for name, verdict in _with_label(verdicts).items()} if scores is None else scores
+        {name: verdict.score for name, verdict in labelled.items()} if scores is None else scores
     )
     chosen, dropped = _fresh(judged, known, version=version, max_age=max_age)
     responses = [item.response for item, _ in chosen]
@@ -134,7 +135,7 @@ def of_samples(
         "age": pa.array([age_of(row, version=version) for row in responses], pa.int64()),
     }
     if segments is not None:
-        rewards = [rewards_of(item, segments, spans) for item, _ in chosen]
+        rewards = [rewards_of(item, labelled.get(item.response.response_id), segments, spans) for item, _ in chosen]
         columns["segment_rewards"] = pa.array(rewards, pa.list_(pa.float64()))
     return _data(pa.table(columns), [item for item, _ in chosen], dropped)
 

@@ -30,9 +30,9 @@ class Config(ppo.Config):
     """Pay also for the spans that the critic found right, not only charge for those it found wrong."""
     placement: Literal["end", "spread"] = "end"
     """On a span's last token, or the same share on each of its tokens."""
-    segment_cap: float | None = Field(default=5.0, gt=0.0)
+    segment_cap: float = Field(default=5.0, ge=0.0)
     """Greatest |sum of spans| of a response, so that many right trifles don't make up for a wrong answer; ours: at the
-    default weight they then weigh as much as the score. Left out or none: no bound."""
+    default weight they then weigh as much as the score. 0: no bound."""
 
 
 def advantages(samples: Samples, config: Config) -> Estimates:
