@@ -1,4 +1,9 @@
-"""Owns one rank of a training group: a DeepSpeed engine over a Hugging Face model, in its own process.
+"""Owns one rank of a training group: its updates, step by step, in a process of its own.
+
+    DeepSpeedRank ──► RankModel    engine, adapter, first weights     rank_model.py
+                  ├─► Passes       forward passes over rows           passes.py
+                  ├─► WeightsOut   to replicas, to a directory        weights_out.py
+                  └─► Checkpoints  saved, checked, resized            checkpoints.py
 
 DeepSpeed itself is imported by trainers/ranks/deepspeed_engine.py alone. Knows nothing of who calls it
 (trainers/training_group.py) or of what the rows mean (trainers/batches.py).
@@ -8,34 +13,28 @@ Every method that computes is a collective: all ranks must be called alike.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.engine import make_sender
-from actors.receiving import Opened, ReplicaClient
+from actors.receiving import Opened
 from cluster.config import Config
-from cluster.durable_files import FileDigest, write_json_atomic
+from cluster.durable_files import FileDigest
 from cluster.weight_transfer import Backend
-from cluster.weights import WeightManifest, put_weights
+from cluster.weights import WeightManifest
 from trainers.batches import (
-    MicroBatch,
     Padded,
     PairRows,
     Rows,
@@ -43,14 +42,12 @@ from trainers.batches import (
     TokenRows,
     Totals,
     TrainingPlan,
-    micro_batches,
     sample_rows,
     sequence_rows,
 )
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
-from trainers.label_rows import LabelRows, item_places, target_logits
-from trainers.logprobs import sequence_logprobs, token_logprobs
+from trainers.label_rows import LabelRows, item_places
 from trainers.losses import (
     GroupBatch,
     LabelBatch,
@@ -64,58 +61,36 @@ from trainers.losses import (
     load_loss,
 )
 from trainers.policy_gradient import PolicyLoss
-from trainers.ranks import shared_prompts
-from trainers.ranks.adapters import adapter_in, adapter_topology
-from trainers.ranks.checkpoint_files import (
-    MANIFEST,
-    CorruptCheckpoint,
-    copy_tokenizer,
-    digest_problem,
-    files_of,
-    fresh_beside,
-    listing_problems,
-    publish_directory,
-    read_manifest,
-    synced_digest,
-)
+from trainers.ranks.checkpoints import Checkpoints
+from trainers.ranks.collectives import all_sum, on_all
 from trainers.ranks.deepspeed_engine import (
-    build_engine,
-    convert_to_universal,
     import_deepspeed,
     join_deepspeed,
     put_aside,
-    repair_universal,
-    whole_parameter,
 )
-from trainers.ranks.first_weights import FirstWeights
-from trainers.ranks.kl_probe import KlProbe, KlReached, distributions, probe_rows
-from trainers.ranks.lora import base_checksum
-from trainers.ranks.model_source import ModelSource, load_model, max_positions
+from trainers.ranks.kl_probe import KlProbe, KlReached, probe_rows
+from trainers.ranks.model_source import ModelSource
 from trainers.ranks.panacea import set_preference
-from trainers.ranks.random_states import random_states, restore_random_states, seed_all
-from trainers.ranks.reference_cache import weights_digest
+from trainers.ranks.passes import Forward, Passes
+from trainers.ranks.rank_model import RankModel
 from trainers.ranks.rendezvous import Rendezvous, join, meet_by, node_address, tcp_store
-from trainers.ranks.sequence_scores import refuse_headless, sequence_scores
+from trainers.ranks.sequence_scores import refuse_headless
 from trainers.ranks.update_start import (
     ComparedRows,
     Reference,
     at_price,
     corrected,
-    each_row_once,
     estimated,
     next_price,
     refuse_other_rows,
     rows_for,
     temperature_of,
 )
-from trainers.ranks.value_head import add_value_head, aligned_values, policy_parameters
+from trainers.ranks.weights_out import WeightsOut
 from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_TAG = "state"
-TOPOLOGY = "training.json"
-REFERENCE_CACHE = "reference.pt"
 MAX_BAD_STEPS = 3
 """Steps in a row with a loss or gradient that is not finite, after which training ends."""
 
@@ -191,15 +166,6 @@ class _Update:
         return temperature_of(self.loss_config)
 
 
-class _Forward(NamedTuple):
-    logprobs: Tensor
-    """[S, T]; of a scored pass the scores, [S, 1]; of a labelled one the logits that predict targets, [S, P, V]."""
-    mask: Tensor
-    padded: Padded
-    values: Tensor | None
-    """[S, T]; None without a value head, and where no loss asks for one."""
-
-
 class DeepSpeedRank:
     """One rank; a Ray actor."""
 
@@ -208,9 +174,8 @@ class DeepSpeedRank:
         self._num_ranks = num_ranks
         torch.set_num_threads(threads)
         self._store: Any = None
-        self._engine: Any = None
         self._update: _Update | None = None
-        self._senders: dict[int, Any] = {}
+        self._is_open = False
 
     # ------------------------------------------------------------------------------------------------------- start
 
@@ -261,52 +226,18 @@ class DeepSpeedRank:
         Raises:
             ValueError: the directory is no model, or has no weights and no `init_seed` was given.
         """
-        self._close_engine()
-        self._config, self._source = config, source
+        self._close_model()
         self._num_steps = 0
         self._num_bad_steps = 0
         self._kl_coefficient: float | None = None
         self._update = None
-        self._first, self._by_first = self._first_weights(), False
-        self._build(universal=False)
-
-    def _build(self, *, universal: bool) -> None:
-        """Make model and engine anew; a universal one reads checkpoints of any number of ranks, and no others."""
-        config, source = self._config, self._source
-        if self._engine is not None:
-            self._engine.destroy()
-        self._universal = universal
-        seed_all(config.seed * 100_003 + self._rank)
-        model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-        self._adapter = adapter_in(config)
-        self._base = "" if self._adapter is None else base_checksum(model)
-        if self._adapter is not None:
-            self._adapter.add(model, seed=config.seed)
-        if config.value_head:
-            add_value_head(model)
-        if config.shared_prompts:
-            shared_prompts.check(model.to(self._device), name=source.path, device=self._device)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._engine = build_engine(
-            model.to(self._device), config=config, num_ranks=self._num_ranks, universal=universal
+        self._model = RankModel(
+            rank=self._rank, num_ranks=self._num_ranks, device=self._device, config=config, source=source
         )
-        self._max_positions = max_positions(model.config)
-
-    def _first_weights(self) -> FirstWeights:
-        config, source = self._config, self._source
-
-        def load() -> Any:
-            model = load_model(source, dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-            if config.value_head:
-                add_value_head(model)  # at 0: nobody reads it
-            return model.to(self._device)
-
-        def digest() -> str:
-            mine = [weights_digest(Path(source.path), init_seed=source.init_seed)] if self._rank == 0 else []
-            return f"{self._on_all(mine)[0]}/{config.dtype}"
-
-        return FirstWeights(load=load, digest=digest)
+        self._passes = Passes(self._model)
+        self._out = WeightsOut(self._model)
+        self._checkpoints = Checkpoints(self._model)
+        self._is_open = True
 
     # ------------------------------------------------------------------------------------------------------ update
 
@@ -359,26 +290,26 @@ class DeepSpeedRank:
     ) -> dict[str, float]:
         """Make the update's rows, and what is known of them before its first step."""
         module = load_loss(loss)
-        by_reference = self._by_first_weights if reference_weights == "bootstrap" else nullcontext
+        by_reference = self._passes.by_first_weights if reference_weights == "bootstrap" else nullcontext
         said: dict[str, float] = {}
         if isinstance(module, PolicyLoss):
             samples = sample_rows(arrow)
-            self._refuse_long(samples)
+            self._model.refuse_long(samples)
             if reference_weights == "bootstrap" and samples.reference_logprobs is None:
                 with by_reference():
-                    logprobs, *_ = self._of_samples(samples, plan, temperature=temperature_of(loss_config))
+                    logprobs, *_ = self._passes.of_samples(samples, plan, temperature=temperature_of(loss_config))
                 samples = replace(samples, reference_logprobs=logprobs)
             samples, said = self._estimated(samples, plan, module, loss_config)
             self._update = _Update(plan=plan, loss=module, loss_config=loss_config, rows=samples, reference=None)
             return said
         if module.batch is ScoreBatch:
-            refuse_headless(self._config)
+            refuse_headless(self._model.config)
         rows = rows_for(module, arrow, name=loss)
-        self._refuse_long(rows)
+        self._model.refuse_long(rows)
         gaps = isinstance(rows, ComparedRows) and rows.rollout_logprobs is not None and importance is not None
         # What a sample's age is corrected by is always of the weights that are to be trained.
         at_start = gaps or (module.uses_reference and reference_weights == "start_of_update")
-        reference = self._reference(rows, plan) if at_start else None
+        reference = self._passes.reference(rows, plan) if at_start else None
         if isinstance(rows, ComparedRows):
             if reference is None:
                 reference = Reference.nothing(rows)
@@ -387,11 +318,11 @@ class DeepSpeedRank:
         mismatched: tuple[Tensor, ...] = ()
         with by_reference():
             if module.uses_reference and reference_weights == "bootstrap":
-                reference = self._reference(rows, plan)
+                reference = self._passes.reference(rows, plan)
             if module.batch is UnpairedBatch:
                 assert isinstance(rows, PairRows), "unpaired responses come as pairs"
                 mismatched = tuple(
-                    self._logprobs_of_rows(rows.mismatched(step.rows), [range(len(step.rows))]).sums
+                    self._passes.logprobs_of_rows(rows.mismatched(step.rows), [range(len(step.rows))]).sums
                     for step in plan.steps
                 )
         sums = None if reference is None else reference.sums
@@ -422,60 +353,35 @@ class DeepSpeedRank:
     def _probe(self, update: _Update, budget: KlBudget) -> KlProbe:
         """Return what measures how far an update moves the weights."""
         rows = probe_rows(update.rows, update.plan, num_sequences=budget.num_sequences)
-        start = list(self._distributions(rows, update.temperature))
+        start = list(self._passes.distributions(rows, update.temperature))
         first = None
         if self._num_steps > 0:
-            with self._by_first_weights():
-                first = list(self._distributions(rows, update.temperature))
+            with self._passes.by_first_weights():
+                first = list(self._passes.distributions(rows, update.temperature))
         return KlProbe(budget, rows, start=start, first=first)
 
     def _kl_reached(self, update: _Update, probe: KlProbe) -> KlReached:
-        sums = probe.sums(list(self._distributions(probe.rows, update.temperature))).to(self._device)
+        sums = probe.sums(list(self._passes.distributions(probe.rows, update.temperature))).to(self._device)
         dist.all_reduce(sums)
         return probe.note(sums.cpu())
 
-    def _distributions(self, rows: TokenRows, temperature: float) -> Iterator[Tensor]:
-        """Yield, for each of this rank's micro-batches, the log-probs of all tokens wherever one is a target."""
-        self._engine.eval()
-        with torch.no_grad():
-            for micro in self._micro_batches(rows, range(len(rows.lengths))):
-                padded = rows.pad(micro.rows)
-                logits = self._engine(input_ids=padded.token_ids.to(self._device), use_cache=False).logits
-                yield distributions(logits, padded.mask.to(self._device), temperature=temperature)
-
-    @contextmanager
-    def _by_first_weights(self) -> Iterator[None]:
-        """Compute by the weights that the group was opened with, or take what they gave before."""
-        engine, first = self._engine, self._first
-        _ = first.digest  # a collective, which all ranks come to here
-        # An adapter's base is here already; under ZeRO 3 one rank alone, whose rows are not cached, can't ask it.
-        adapter = self._adapter if self._config.zero_stage < 3 else None
-        self._engine, self._by_first = first if adapter is None else engine, True
-        try:
-            with nullcontext() if adapter is None else adapter.without(engine.module):
-                yield
-        finally:
-            self._engine, self._by_first = engine, False
-            first.let_go()
-        first.cache.add(self._on_all([first.cache.new()]))
-
     def _cache_figures(self) -> dict[str, float]:
         """Return how many of the reference's sequences were asked for, and the share that was known; {} without any."""
-        asked, found = map(sum, zip(*self._on_all([self._first.cache.counts()]), strict=True))
+        asked, found = map(sum, zip(*on_all([self._model.first.cache.counts()]), strict=True))
         return {"reference_sequences": float(asked), "reference_cached_share": found / asked} if asked else {}
 
     def _step(self, update: _Update, index: int) -> StepReport:
         begin, planned = time.monotonic(), update.plan.steps[index]
         totals = update.rows.totals(planned.rows)
-        micros = self._micro_batches(update.rows, planned.rows)
+        micros = self._passes.micro_batches(update.rows, planned.rows)
         figures = self._first_pass(update, index, totals)
-        if not self._engine.training:
-            self._engine.train()
+        if not self._model.engine.training:
+            self._model.engine.train()
         sums: dict[str, float] = {}
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
             padded = update.rows.pad(micro.rows, num_passes=micro.num_passes)
-            forward = self._forward(
+            forward = self._passes.forward(
                 padded,
                 temperature=update.temperature,
                 scored=update.loss.batch is ScoreBatch,
@@ -493,16 +399,16 @@ class DeepSpeedRank:
             if is_last:
                 # Asked for here and waited for after the step: in between the ranks meet anyway, over the gradients.
                 own = {f"num_tokens/{rank}": sums["num_tokens"] * (rank == self._rank) for rank in self._ranks()}
-                total = self._all_sum({**sums, **own})
+                total = all_sum({**sums, **own}, device=self._device)
                 if not math.isfinite(sums["loss"]):
                     # Every rank must skip the step, also one whose own numbers are sound: a gradient that one rank has
                     # poisoned is poisoned on all, and every ZeRO stage recognises it. By way of all log-probs: padding
                     # that weighs nothing has none of its own in the loss.
                     loss = loss + math.nan * forward.logprobs.sum()
-            self._engine.set_gradient_accumulation_boundary(is_last)
+            self._model.engine.set_gradient_accumulation_boundary(is_last)
             # DeepSpeed averages gradients over ranks; ours are shares of the global mean, to be summed.
-            self._engine.backward(loss * self._num_ranks)
-        rate = learning_rate(self._config, step=self._num_steps)
+            self._model.engine.backward(loss * self._num_ranks)
+        rate = learning_rate(self._model.config, step=self._num_steps)
         applied, grad_norm = self._apply(rate)
         sums = total()
         most = max(sums.pop(f"num_tokens/{rank}") for rank in self._ranks())
@@ -527,62 +433,8 @@ class DeepSpeedRank:
     def _ranks(self) -> range:
         return range(self._num_ranks)
 
-    def _micro_batches(self, rows: Rows, chosen: Sequence[int]) -> tuple[MicroBatch, ...]:
-        layout = micro_batches(
-            rows, chosen, num_ranks=self._num_ranks, micro_batch_tokens=self._config.micro_batch_tokens
-        )
-        return layout[self._rank]
-
-    def _forward(
-        self, padded: Padded, *, temperature: float = 1.0, scored: bool = False, labelled: bool = False
-    ) -> _Forward:
-        token_ids, mask = padded.token_ids.to(self._device), padded.mask.to(self._device)
-        if labelled:
-            logits = target_logits(self._engine, token_ids, mask)
-            return _Forward(logprobs=logits, mask=mask, padded=padded, values=None)
-        if scored:
-            scores = sequence_scores(self._engine, padded, device=self._device)
-            return _Forward(logprobs=scores[:, None], mask=mask, padded=padded, values=None)
-        if self._by_first:
-            found = self._first.cache.find(padded, digest=self._first.digest, temperature=temperature)
-            if found is not None:
-                return _Forward(logprobs=found.to(self._device), mask=mask, padded=padded, values=None)
-        forward = self._computed(token_ids, mask, padded, temperature=temperature)
-        if self._by_first:
-            self._first.cache.keep(padded, forward.logprobs, digest=self._first.digest, temperature=temperature)
-        return forward
-
-    def _computed(self, token_ids: Tensor, mask: Tensor, padded: Padded, *, temperature: float) -> _Forward:
-        if self._config.shared_prompts and padded.is_pairs:
-            pairs = shared_prompts.joined(padded)
-            logprobs = shared_prompts.logprobs(
-                self._engine, padded, pairs, temperature=temperature, device=self._device
-            )
-            return _Forward(logprobs=logprobs, mask=mask, padded=pairs.counted(padded), values=None)
-        if len(padded.passes) == 1:
-            logprobs, values = self._token_logprobs(token_ids, temperature)
-            return _Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
-        width = token_ids.shape[1]
-        parts = [
-            torch.nn.functional.pad(
-                self._token_logprobs(token_ids[sequences, :length], temperature)[0], (0, width - length)
-            )
-            for sequences, length in padded.passes
-        ]
-        back = torch.argsort(torch.cat([part.sequences for part in padded.passes])).to(self._device)
-        # Only pairs and groups are computed in two passes, and they have no values.
-        return _Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded, values=None)
-
-    def _token_logprobs(self, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """Return [S, T] log-probs, and values where the policy has a value head."""
-        if not self._config.value_head:
-            logits = self._engine(input_ids=token_ids, use_cache=False).logits
-            return token_logprobs(logits, token_ids, temperature=temperature), None
-        found = self._engine(input_ids=token_ids, use_cache=False, output_hidden_states=True)
-        return token_logprobs(found.logits, token_ids, temperature=temperature), aligned_values(found["token_values"])
-
     def _batch(
-        self, update: _Update, micro: tuple[int, ...], forward: _Forward, totals: Totals
+        self, update: _Update, micro: tuple[int, ...], forward: Forward, totals: Totals
     ) -> PairBatch | UnpairedBatch | TokenBatch | GroupBatch | ScoreBatch | LabelBatch:
         rows, logprobs, mask = update.rows, forward.logprobs, forward.mask
         if isinstance(rows, SampleRows):
@@ -620,7 +472,7 @@ class DeepSpeedRank:
             num_sides, places = 2, range(len(places))
         place_of, num_items = item_places(update.rows, places)
         parts = []
-        for micro, forward in self._evaluated(update.rows, places, temperature=update.temperature):
+        for micro, forward in self._passes.evaluated(update.rows, places, temperature=update.temperature):
             batch = self._batch(update, micro, forward, totals)
             if isinstance(batch, UnpairedBatch):
                 batch = replace(batch, mismatched_policy=batch.policy, mismatched_reference=batch.reference)
@@ -635,10 +487,10 @@ class DeepSpeedRank:
 
     def _apply(self, rate: float) -> tuple[bool, float]:
         """Clip and step unless the gradient is not finite; return whether it was applied, and the gradient's norm."""
-        engine = self._engine
+        engine = self._model.engine
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        if self._config.zero_stage > 0:
+        if self._model.config.zero_stage > 0:
             engine.step()  # ZeRO computes the norm over all ranks and skips the step when it is not finite
             return bool(engine.was_step_applied()), float(engine.get_global_grad_norm())
         parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -646,8 +498,8 @@ class DeepSpeedRank:
         if not math.isfinite(float(norm)):
             engine.zero_grad()
             return False, float(norm)
-        if self._config.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, norm)
+        if self._model.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._model.config.max_grad_norm, norm)
         engine.step()
         return True, float(norm)
 
@@ -671,7 +523,7 @@ class DeepSpeedRank:
 
     def set_preference(self, preference: Sequence[float]) -> None:
         """Have everything that follows, updates and exports too, be of one vector (`trainers.ranks.panacea`)."""
-        set_preference(self._engine.module, preference)
+        set_preference(self._model.engine.module, preference)
 
     # --------------------------------------------------------------------------------------------------- log-probs
 
@@ -682,9 +534,9 @@ class DeepSpeedRank:
             ValueError: a sequence of fewer than two tokens, or longer than the model takes.
         """
         rows = sequence_rows(sequences)
-        self._refuse_long(rows)
+        self._model.refuse_long(rows)
         found: dict[int, tuple[float, ...]] = {}
-        for micro, forward in self._evaluated(rows, range(len(rows.lengths))):
+        for micro, forward in self._passes.evaluated(rows, range(len(rows.lengths))):
             for row, values in zip(micro, forward.logprobs.tolist(), strict=False):
                 found[row] = tuple(values[1 : int(rows.lengths[row])])
         return found
@@ -695,46 +547,13 @@ class DeepSpeedRank:
         Raises:
             ValueError: there is no value head; or as `logprobs`.
         """
-        refuse_headless(self._config)
+        refuse_headless(self._model.config)
         rows = sequence_rows(sequences)
-        self._refuse_long(rows)
+        self._model.refuse_long(rows)
         found: dict[int, float] = {}
-        for micro, forward in self._evaluated(rows, range(len(rows.lengths)), scored=True):
+        for micro, forward in self._passes.evaluated(rows, range(len(rows.lengths)), scored=True):
             found.update(zip(micro, forward.logprobs[:, 0].tolist(), strict=False))
         return found
-
-    def _evaluated(
-        self, rows: Rows, chosen: Sequence[int], *, temperature: float = 1.0, scored: bool = False
-    ) -> Iterator[tuple[tuple[int, ...], _Forward]]:
-        """Yield this rank's micro-batches with their log-probs, without gradient and without dropout."""
-        self._engine.eval()
-        with torch.no_grad():
-            for micro in self._micro_batches(rows, chosen):
-                padded = rows.pad(micro.rows, num_passes=micro.num_passes)
-                labelled = isinstance(rows, LabelRows)
-                yield micro.rows, self._forward(padded, temperature=temperature, scored=scored, labelled=labelled)
-
-    def _reference(self, rows: Rows, plan: TrainingPlan) -> Reference | None:
-        """Return the log-probs by the weights as they are now, each row computed once over all ranks.
-
-        Laid out as the first epoch's steps are, so that the first step's log-ratios are exactly 0.
-        """
-        if not isinstance(rows, ComparedRows):
-            return None
-        return self._logprobs_of_rows(rows, each_row_once(plan, num_rows=len(rows.lengths)))
-
-    def _logprobs_of_rows(self, rows: ComparedRows, parts: Iterable[Sequence[int]]) -> Reference:
-        """Return the log-probs by the weights as they are now, laid out part by part; every row is in one."""
-        nothing = Reference.nothing(rows)
-        sums, gaps = nothing.sums.to(self._device), nothing.gaps.to(self._device)
-        for chosen in parts:
-            for micro, forward in self._evaluated(rows, chosen):
-                if micro:
-                    sums[list(micro)] = rows.by_row(micro, sequence_logprobs(forward.logprobs, forward.mask))
-                    gaps[list(micro)] = rows.rollout_gaps(micro, forward.logprobs, forward.mask)
-        dist.all_reduce(sums)  # each row is 0 on all ranks but one: the sum is exact
-        dist.all_reduce(gaps)
-        return Reference(sums=sums.cpu(), gaps=gaps.cpu())
 
     def _estimated(
         self, rows: SampleRows, plan: TrainingPlan, loss: PolicyLoss, config: Config
@@ -743,49 +562,14 @@ class DeepSpeedRank:
 
         Laid out as the first epoch's steps are, so that the first step's ratios are exactly 1.
         """
-        logprobs, *values = self._of_samples(rows, plan, temperature=temperature_of(config))
+        logprobs, *values = self._passes.of_samples(rows, plan, temperature=temperature_of(config))
         return estimated(rows, logprobs, values=values[0] if values else None, loss=loss, config=config)
-
-    def _of_samples(self, rows: SampleRows, plan: TrainingPlan, *, temperature: float) -> Tensor:
-        """Return [1 or 2, rows, T]: log-probs, and values where there are any; 0 outside the responses."""
-        old = torch.zeros(1 + self._config.value_head, *rows.shape, device=self._device)
-        for chosen in each_row_once(plan, num_rows=len(rows.lengths)):
-            for micro, forward in self._evaluated(rows, chosen, temperature=temperature):
-                if micro:
-                    told = (forward.logprobs,) if forward.values is None else (forward.logprobs, forward.values)
-                    for kept, own in zip(old, told, strict=False):
-                        kept[list(micro), : own.shape[1]] = torch.where(forward.mask, own, 0.0).float()
-        dist.all_reduce(old)  # each row is 0 on all ranks but one: the sum is exact
-        return old.cpu()
-
-    def _refuse_long(self, rows: Rows) -> None:
-        if self._max_positions is not None and len(rows.lengths) and rows.lengths.max() > self._max_positions:
-            row = int(np.argmax(rows.lengths))
-            raise ValueError(
-                f"row {row}: got {rows.lengths[row]} tokens, wanted at most {self._max_positions} "
-                f"(max_position_embeddings of {self._source.path}); drop or cut it before training"
-            )
-
-    def _all_sum(self, sums: dict[str, float]) -> Callable[[], dict[str, float]]:
-        """Begin to add up over all ranks; what is returned waits for the sums."""
-        values = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=self._device)
-        work = dist.all_reduce(values, async_op=True)
-
-        def result() -> dict[str, float]:
-            work.wait()
-            return dict(zip(sorted(sums), values.tolist(), strict=True))
-
-        return result
 
     # ------------------------------------------------------------------------------------------- weights out of here
 
     def publish(self, *, version: str) -> WeightManifest | None:
         """Put the weights into the object store; the manifest on rank 0, None on the others."""
-        if self._rank == 0:
-            return put_weights(self._sent(), version=version)
-        for _ in self._gathered():
-            pass
-        return None
+        return self._out.publish(version=version)
 
     def free_port(self) -> int:
         """Return a port of this node that nobody listens at now."""
@@ -807,75 +591,19 @@ class DeepSpeedRank:
             port: a free one there; read when they meet.
             deadline_s: longest time for one answer of the replica.
         """
-        sender = self._senders.get(opened.replica_id)
-        if sender is None:
-            sender = self._senders[opened.replica_id] = make_sender(
-                backend,
-                rank=self._rank,
-                parameters=self._parameters(),
-                weights=self._sent,
-                client=ReplicaClient(actor, backend=backend, deadline_s=deadline_s),
-                num_workers=opened.num_workers,
-                rendezvous=(host, port),
-            )
-        sender.send_weights()
-
-    def _parameters(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return name, dtype and whole shape of what `_gathered` gives, without gathering."""
-        named = policy_parameters(self._engine.module)  # an adapter never goes this way
-        # Under ZeRO 3 a parameter's own shape is that of what this rank holds, or of nothing.
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
-
-    def _sent(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole parameters as a sender may keep them: those that ZeRO 3 gathers are copied."""
-        for name, parameter in self._gathered():
-            yield name, parameter.clone() if self._config.zero_stage == 3 else parameter
+        self._out.send_weights(actor, backend=backend, opened=opened, host=host, port=port, deadline_s=deadline_s)
 
     def offload(self) -> None:
         """Keep in the host's memory what training needs beside the weights: moments, masters, gradients."""
-        put_aside(self._engine, on_gpu=self._device.type == "cuda")
+        put_aside(self._model.engine, on_gpu=self._device.type == "cuda")
 
     def reload(self) -> None:
         """Take back what `offload` put aside; nothing to do when nothing was."""
-        self._engine.reload_states()
+        self._model.engine.reload_states()
 
     def export(self, path: str) -> None:
         """Write an ordinary Hugging Face directory, which appears whole or not at all."""
-        weights = {}
-        for name, parameter in self._exported():
-            if self._rank == 0:
-                weights[name] = parameter.detach().cpu().clone()
-        target = Path(path)
-        beside = fresh_beside(target) if self._rank == 0 else None
-        if beside is not None:
-            self._engine.module.save_pretrained(beside, state_dict=weights)
-            copy_tokenizer(Path(self._source.path), beside)
-        if self._adapter is not None:
-            self._adapter.write(self._engine.module, beside, whole=self._whole, base=self._base)
-        if beside is not None:
-            publish_directory(beside, target)
-        dist.barrier()
-
-    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the rollout pool is given, whole: the policy's parameters, or its adapter's alone.
-
-        A tied head has no entry of its own.
-        """
-        if self._adapter is not None:
-            yield from self._adapter.published(self._engine.module, whole=self._whole)
-            return
-        for name, parameter in policy_parameters(self._engine.module):
-            with self._whole(parameter):
-                yield name, parameter.detach()
-
-    def _exported(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole policy, an adapter merged into its base."""
-        if self._adapter is None:
-            return self._gathered()
-        return self._adapter.merged(self._engine.module, whole=self._whole)
-
-    def _whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
-        return whole_parameter(parameter) if self._config.zero_stage == 3 else nullcontext()
+        self._out.export(path)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -885,30 +613,12 @@ class DeepSpeedRank:
         The directory, which the ranks must share, appears whole or not at all. DeepSpeed's own `latest` file is not
         written: which checkpoint counts is the run's commit to say.
         """
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.tmp")
-        if self._rank == 0:
-            fresh_beside(target)
-        dist.barrier()
-        self._engine.save_checkpoint(
-            str(beside),
-            tag=CHECKPOINT_TAG,
-            client_state={},
-            save_latest=False,
-            exclude_frozen_parameters=self._adapter is not None,
-        )
-        torch.save(random_states(), beside / f"random-{self._rank:05d}.pt")
-        if self._rank == 0:
-            if len(self._first.cache):
-                torch.save(self._first.cache.state(), beside / REFERENCE_CACHE)
-            (beside / TOPOLOGY).write_text(json.dumps({**self._topology(), **self._counters()}, indent=2) + "\n")
-        dist.barrier()
-        digests = tuple(sorted(self._on_all(self._share(beside, synced_digest)), key=lambda digest: digest.path))
-        if self._rank == 0:
-            write_json_atomic(beside / MANIFEST, {"files": [asdict(digest) for digest in digests]})
-            publish_directory(beside, target)
-        dist.barrier()
-        return digests
+        counters = {
+            "num_steps": self._num_steps,
+            "num_bad_steps": self._num_bad_steps,
+            "kl_coefficient": self._kl_coefficient,
+        }
+        return self._checkpoints.save(path, counters=counters)
 
     def load(self, path: str, *, files: tuple[FileDigest, ...] | None) -> None:
         """Go on from a checkpoint. Its files are checked before any of them is unpickled.
@@ -922,101 +632,24 @@ class DeepSpeedRank:
             CorruptCheckpoint: a file is missing, changed or one too many, or it was saved with other settings; another
                 number of ranks is no hindrance, but for an adapter.
         """
-        source = Path(path)
-        wanted = {digest.path: digest for digest in files or read_manifest(source)}
-        problems = listing_problems(source, wanted) if self._rank == 0 else []
-        problems = self._on_all([*problems, *self._share(source, lambda p, root: digest_problem(p, root, wanted))])
-        found = [problem for problem in problems if problem]
-        if found:
-            raise CorruptCheckpoint(f"{source}: {'; '.join(sorted(set(found)))}")
-        saved = json.loads((source / TOPOLOGY).read_text())
-        here = self._topology()
-        there = {key: saved.get(key) for key in here}
-        # An adapter's checkpoint leaves out its base, which is that of the topology.
-        whole = self._adapter is None
-        resized = whole and there != here and {**there, "num_ranks": self._num_ranks} == here
-        if there != here and not resized:
-            raise CorruptCheckpoint(
-                f"{source}: saved with {there}, wanted {here}; "
-                "set the config back, or start anew from the exported weights"
-            )
-        with self._readable(source, resized=resized) as folder:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=whole)
-        if loaded is None:
-            raise RuntimeError(f"{source}: DeepSpeed found nothing to load under tag {CHECKPOINT_TAG!r}")
+        saved = self._checkpoints.load(path, files=files)
         self._num_steps, self._num_bad_steps = saved["num_steps"], saved["num_bad_steps"]
         self._kl_coefficient = saved.get("kl_coefficient")
-        if (source / REFERENCE_CACHE).is_file():
-            self._first.cache.restore(torch.load(source / REFERENCE_CACHE, weights_only=True))
         self._update = None
-        states = source / f"random-{self._rank:05d}.pt"
-        if states.is_file():  # else a rank that there was not when it was saved: it keeps its own
-            restore_random_states(torch.load(states, weights_only=True))
-        dist.barrier()
-
-    @contextmanager
-    def _readable(self, source: Path, *, resized: bool) -> Iterator[Path]:
-        """Give the checkpoint in a form that the engine reads: of another number of ranks, DeepSpeed's universal one.
-
-        Without ZeRO every rank holds everything, and there is nothing to convert.
-        """
-        universal = resized and self._config.zero_stage > 0
-        if universal != self._universal:
-            self._build(universal=universal)
-        if not universal:
-            yield source
-            return
-        folder = source.with_name(f".{source.name}.universal")
-        if self._rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            convert_to_universal(source / CHECKPOINT_TAG, folder / CHECKPOINT_TAG)
-        dist.barrier()
-        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
-        try:
-            yield folder
-            repair_universal(self._engine.optimizer, decays)
-            dist.barrier()
-        finally:
-            if self._rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _topology(self) -> dict[str, Any]:
-        config = self._config
-        topology = {"num_ranks": self._num_ranks, "zero_stage": config.zero_stage, "dtype": config.dtype}
-        return {**topology, **adapter_topology(config, base=self._base)}
-
-    def _counters(self) -> dict[str, float | None]:
-        return {
-            "num_steps": self._num_steps,
-            "num_bad_steps": self._num_bad_steps,
-            "kl_coefficient": self._kl_coefficient,
-        }
-
-    def _share(self, directory: Path, call: Callable[[Path, Path], Any]) -> list[Any]:
-        """Return what a call gives for this rank's share of a directory's files, so that hashing is split."""
-        files = [path for path in files_of(directory) if path.name != MANIFEST]
-        return [call(path, directory) for path in files[self._rank :: self._num_ranks]]
-
-    def _on_all(self, items: list[Any]) -> list[Any]:
-        gathered: list[Any] = [None] * self._num_ranks
-        dist.all_gather_object(gathered, items)
-        return [item for part in gathered for item in part]
 
     # -------------------------------------------------------------------------------------------------------- end
 
     def close(self) -> None:
         """Leave the process group."""
-        self._close_engine()
+        self._close_model()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _close_engine(self) -> None:
-        for sender in self._senders.values():
-            sender.shutdown()
-        self._senders = {}
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
+    def _close_model(self) -> None:
+        if self._is_open:
+            self._out.close()
+            self._model.close()
+            self._is_open = False
 
 
 def _add(sums: dict[str, float], output: LossOutput, padded: Padded) -> None:
