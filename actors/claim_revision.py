@@ -1,4 +1,6 @@
-"""Owns claim-wise revision: every claim is held against evidence, and mended or deleted without it (FenCE).
+"""Owns claim-wise revision of documents outside the loop, which it lends `preferred_revisions` (FenCE).
+
+Every claim is held against evidence, and mended or deleted without it:
 
     candidates ──► claims ──► evidence ──► evaluator {supported | unsupported, why} ──► reviser ──► revisions, scored
                                                                                                  └─► preference pairs
@@ -200,19 +202,32 @@ def _score(supported: Sequence[bool | None]) -> float | None:
     return sum(read) / len(read) if read else None
 
 
-def preferred_revisions(revisions: Sequence[Revision], *, margin: float = 0.0) -> list[tuple[Revision, Revision]]:
+def preferred_revisions(
+    revisions: Sequence[Revision], *, margin: float = 0.0, against: Sequence[Revision] | None = None
+) -> list[tuple[Revision, Revision]]:
     """Return (better, worse) of each group: its best and worst revised texts, where their scores differ by more.
 
-    Candidates without a score have no part; nor has a pair of equal texts.
+    Candidates without a score have no part. The texts may be equal, with different scores: no pair is made of these
+    (`actors.refinement.pair_of_texts`).
+
+    Args:
+        revisions: of any number of groups.
+        margin: what the scores must differ by more than.
+        against: what the worst is looked for in, such as the texts before they were revised; None: the revisions.
     """
+    best_of, worst_of = _by_group(revisions), _by_group(revisions if against is None else against)
+    pairs = []
+    for group in [group for group in best_of if group in worst_of]:
+        best, worst = best_of[group][0], worst_of[group][-1]
+        if (best.score or 0.0) - (worst.score or 0.0) > margin:
+            pairs.append((best, worst))
+    return pairs
+
+
+def _by_group(revisions: Sequence[Revision]) -> dict[str, list[Revision]]:
+    """Return the revisions with a score, those of a group from the best to the worst."""
     groups: dict[str, list[Revision]] = {}
     for revision in revisions:
         if revision.score is not None:
             groups.setdefault(revision.candidate.group, []).append(revision)
-    pairs = []
-    for members in groups.values():
-        ordered = sorted(members, key=lambda one: -(one.score or 0.0))
-        best, worst = ordered[0], ordered[-1]
-        if (best.score or 0.0) - (worst.score or 0.0) > margin and best.revised != worst.revised:
-            pairs.append((best, worst))
-    return pairs
+    return {group: sorted(members, key=lambda one: -(one.score or 0.0)) for group, members in groups.items()}

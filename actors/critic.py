@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 
 from pydantic import Field
 
@@ -74,6 +74,11 @@ class Critic:
                     self._rubric.parse(completion.request_id, query, response, completion, temperature=temperature)
                 )
             yield critiques
+
+    def num_missing(self, items: Sequence[tuple[Query, Response]], *, known: Container[str]) -> int:
+        """Return how many critiques of responses are not there."""
+        numbers = range(self._config.num_critiques)
+        return sum(critique_id_of(self._run, *item, k) not in known for item in items for k in numbers)
 
 
 def critique_id_of(run: str, query: Query, response: Response, k: int) -> str:

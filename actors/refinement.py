@@ -1,4 +1,6 @@
-"""Owns detect-critique-refine: sentences that a source does not bear out are found, criticised and mended (DCR).
+"""Owns detect-critique-refine of documents outside the loop, which it lends `refined_pair` (DCR).
+
+Sentences that a source does not bear out are found, criticised and mended:
 
     source, response ──► sentences ──► detector ──► flagged ones ──► critic {span, reason, fix} ──► refiner ──► refined
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors.generation import Completion, GenerationRequest
@@ -253,10 +255,11 @@ def refined_pair(
     response: Response,
     refined: str,
     *,
+    token_ids: Sequence[int],
+    refined_id: str,
     margin: float,
     source: str,
     run: str,
-    encode: Callable[[str], Sequence[int]],
 ) -> PreferencePair | None:
     """Return the pair that prefers a refined response to the original; None where they say the same.
 
@@ -267,25 +270,23 @@ def refined_pair(
         query: what was asked.
         response: the original, as it was sampled.
         refined: its refinement.
+        token_ids: the learner's tokens of the refinement, its end-of-sequence included.
+        refined_id: what the refinement is called.
         margin: in P(good).
         source: "critic" or "expert".
         run: the run's name.
-        encode: the learner's tokens of a response, its end-of-sequence included.
     """
-    pair = pair_of_texts(
+    return pair_of_texts(
         query,
         refined,
         response.text,
         prompt_token_ids=response.prompt_token_ids,
-        parents=[response.response_id],
+        token_ids=(token_ids, response.token_ids),
+        ids=(refined_id, response.response_id),
         margin=margin,
         source=source,
         run=run,
-        encode=encode,
     )
-    if pair is None:
-        return None
-    return replace(pair, rejected_token_ids=response.token_ids, rejected_id=response.response_id)
 
 
 def pair_of_texts(
@@ -294,29 +295,28 @@ def pair_of_texts(
     rejected: str,
     *,
     prompt_token_ids: Sequence[int],
-    parents: Sequence[str],
+    token_ids: tuple[Sequence[int], Sequence[int]],
+    ids: tuple[str, str],
     margin: float,
     source: str,
     run: str,
-    encode: Callable[[str], Sequence[int]],
 ) -> PreferencePair | None:
-    """Return the pair of two texts that no policy has sampled as they are; None where they say the same.
+    """Return the pair of two texts of which one at least is no policy's as it is; None where they say the same.
 
     Nothing of it is stale, and there are no log-probs to reweigh it by. The arguments are those of `refined_pair`;
-    `parents` are the ids of the responses that the texts come from.
+    `token_ids` and `ids` are the chosen's and the rejected's.
     """
     if chosen == rejected:
         return None
-    ids = [lineage_id(run, iteration=query.iteration, stage=stage, parents=parents) for stage in ("better", "worse")]
     return PreferencePair(
-        pair_id=lineage_id(run, iteration=query.iteration, stage="refinements", parents=parents),
+        pair_id=lineage_id(run, iteration=query.iteration, stage="pairs", parents=ids),
         query_id=query.query_id,
         prompt=query.messages,
         chosen=chosen,
         rejected=rejected,
         prompt_token_ids=tuple(prompt_token_ids),
-        chosen_token_ids=tuple(encode(chosen)),
-        rejected_token_ids=tuple(encode(rejected)),
+        chosen_token_ids=tuple(token_ids[0]),
+        rejected_token_ids=tuple(token_ids[1]),
         margin=margin,
         weight=1.0,
         noise=0.0,

@@ -25,8 +25,9 @@ from actors.records import Critique, Issue, RefinedResponse, draw_seed, lineage_
 from cluster.config import Config
 
 NO_ISSUE, NO_FIX, UNENDED, TOO_LITTLE_LEFT = "no_issue", "no_fix", "unended", "too_little_left"
+UNWRITABLE = "unwritable"
 """Why an answer is left as it is: no readable critique quotes a flaw; none says better; it has no end to keep; most of
-its claims would go."""
+its claims would go; its vocabulary can't spell a fix without a control token."""
 
 
 class RefinementConfig(Config):
@@ -35,8 +36,9 @@ class RefinementConfig(Config):
     kind: Literal["detect_critique_refine", "claim_revision"]
     """detect_critique_refine: the learner goes on after the first flaw, its fix in its place; claim_revision: every
     flaw is replaced by its fix, or taken out where there is none, without a call of a model."""
-    max_share: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Greatest share of an iteration's pairs that prefer a mended answer; which of them is drawn by the run's seed."""
+    max_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Greatest share of an iteration's pairs that prefer a mended answer; which of them is drawn by the run's seed. 1:
+    no bound; below it an iteration without other pairs has none of these either."""
     temperature: float = Field(default=0.0, ge=0.0)
     """At which the learner goes on, 0 being greedy; of detect_critique_refine."""
     min_recall: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -111,7 +113,7 @@ class Refiner:
             pool: the learner's rollouts.
             config: how answers are mended.
             max_tokens: longest answer, as the learner is sampled.
-            encode: the learner's tokens of a text, without an end.
+            encode: the learner's tokens of a text, without an end; raises ValueError where it takes a control token.
             run: the run's name.
             seed: the run's.
         """
@@ -134,7 +136,7 @@ class Refiner:
             return NO_ISSUE
         if self.config.kind == "detect_critique_refine":
             usable = issue.fix not in ("", issue.quote)
-            return Begun(text=text[: issue.start] + issue.fix) if usable else NO_FIX
+            return self._begun(text[: issue.start] + issue.fix) if usable else NO_FIX
         issues = all_issues(item)
         if item.response.finish_reason != "stop":
             return UNENDED
@@ -143,7 +145,14 @@ class Refiner:
         revised = revise_spans(text, issues)
         if num_claims - num_deleted < self.config.min_recall * num_claims or not revised.strip():
             return TOO_LITTLE_LEFT
-        return NO_FIX if revised == text else Begun(text=revised)
+        return NO_FIX if revised == text else self._begun(revised)
+
+    def _begun(self, text: str) -> Begun | str:
+        try:
+            self._encode(text)
+        except ValueError:
+            return UNWRITABLE
+        return Begun(text=text)
 
     async def refine(
         self, items: Sequence[Judged], *, known: Iterable[str] = ()

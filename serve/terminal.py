@@ -28,7 +28,7 @@ from cluster.machine import gib
 
 if TYPE_CHECKING:
     from cluster.doctor import Check
-    from trainers.plan import Plan
+    from trainers.plan import Plan, Work
 
 Format: TypeAlias = Literal["table", "csv", "json"]
 """How rows are written."""
@@ -286,7 +286,7 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "an iteration",
         f"{work.queries:,} queries → {work.responses:,} answers (≤ {work.response_tokens:,} tokens) → "
-        f"{work.critiques:,} critiques (≤ {work.critique_tokens:,} tokens) → "
+        f"{work.critiques:,} critiques (≤ {work.critique_tokens:,} tokens) → {_mended(work)}"
         f"≤ {work.rows:,} {UPDATE_ROWS[work.material]}, ≤ {work.optimizer_steps:,} optimizer steps; "
         f"≤ {work.expert_labels:,} expert labels",
     )
@@ -296,6 +296,15 @@ def _work_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{work.iterations} iterations; {work.evaluation['probe']:,} probe problems after each, {rest} problems at the "
         "start and the end",
     )
+
+
+def _mended(work: Work) -> str:
+    if not work.mended:
+        return ""
+    answers, tokens, critiques, critique_tokens = (
+        f"{work.mended[name]:,}" for name in ("answers", "tokens", "critiques", "critique_tokens")
+    )
+    return f"≤ {answers} mended (≤ {tokens} tokens), ≤ {critiques} critiques of them (≤ {critique_tokens} tokens) → "
 
 
 def _file_rows(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -323,8 +323,8 @@ def test_roles_that_share_the_rollout_pool_have_no_engines_of_their_own_in_the_p
 
 def test_roles_share_engines_only_where_they_are_the_same_engines(tmp_path: Path) -> None:
     assert refused(tmp_path, '[critic]\nshares = "rollouts"\n') == [
-        'critic.shares: got "rollouts" without learner.training.lora, wanted both: with all weights trained the '
-        "rollout pool's engines are the learner's alone"
+        'critic.shares: got "rollouts" without learner.training.lora or learner.training.panacea, wanted one of them: '
+        "with all weights trained the rollout pool's engines are the learner's alone"
     ]
     assert refused(
         tmp_path, SHARED.replace("[critic]", "[critic]\nreplicas = 3") + "[attacker.engine]\nthreads = 2\n"

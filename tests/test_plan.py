@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ import trainers.plan
 from actors.engine_config import EngineConfig
 from actors.model_directory import num_parameters
 from cluster.machine import Gpu, Machine
+from serve.terminal import write_plan
 from tests.machines import TWO_CORES
 from tests.tiny_models import write_gpt2, write_llama
 from trainers.base_model import BaseModelConfig, write_base_model
@@ -473,6 +476,36 @@ def test_an_iterations_work_is_what_the_config_multiplies_to(tmp_path: Path) -> 
     assert (work.material, work.rows) == ("pairs", 20)
     # 40 proposals a query and 64 before the attacker gives up; 12 cells.
     assert (work.proposals, work.evaluation["sealed"]) == (464, 24)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "tokens", "rows"),
+    [
+        # All 5 answers of a query may fail and each be the loser of a pair: 10 * 5. Or one is taken for each query.
+        ("detect_critique_refine", 9, 350, 50),
+        ("detect_critique_refine", 4, 350, 40),
+        ("claim_revision", 9, 0, 30),
+    ],
+)
+def test_mended_answers_are_work_too(kind: str, most: int, tokens: int, rows: int, tmp_path: Path) -> None:
+    flags = (
+        "loop.queries_per_iteration=10",
+        "rollouts.sampling.num_samples=5",
+        "rollouts.sampling.max_tokens=7",
+        "critic.judging.num_critiques=2",
+        "critic.judging.max_tokens=11",
+        f"preferences.max_pairs_per_query={most}",
+        "loop.epochs=2",
+    )
+    plain, plan = plan_of(tmp_path, *flags), plan_of(tmp_path, *flags, f"refinement.kind={kind}")
+    assert plan.work.mended == {"answers": 50, "tokens": tokens, "critiques": 100, "critique_tokens": 1100}
+    assert (plan.work.rows, plan.work.optimizer_steps) == (rows, 2 * math.ceil(rows / 16))
+    assert (plain.work.mended, plain.work.rows) == ({}, 20)
+    assert plan.disk_bytes > plain.disk_bytes
+    for one, is_told in ((plain, False), (plan, True)):
+        told = io.StringIO()
+        write_plan(told, one)
+        assert ("≤ 50 mended" in told.getvalue()) == is_told
 
 
 @pytest.mark.parametrize("loss", ["exo_group", "pro"])

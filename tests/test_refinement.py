@@ -11,6 +11,7 @@ import pytest
 
 from actors.claim_revision import Candidate, Revision, preferred_revisions, revise_claims
 from actors.generation import Completion, GenerationRequest
+from actors.records import lineage_id
 from actors.refinement import (
     Document,
     Generate,
@@ -167,17 +168,20 @@ def test_a_refined_response_is_preferred_to_the_original_but_not_to_itself() -> 
             query,
             response,
             text,
+            token_ids=[*map(ord, text), 0],
+            refined_id="m",
             margin=0.7,
             source="critic",
             run="test",
-            encode=lambda text: [*map(ord, text), 0],
         )
 
     found = pair("2+2=4")
     assert (found.chosen, found.rejected, found.margin, found.source) == ("2+2=4", "2+2=5", 0.7, "critic")
     assert found.chosen_token_ids == (*map(ord, "2+2=4"), 0)
     assert found.rejected_token_ids == response.token_ids
-    assert (found.rejected_id, found.chosen_id != "r") == ("r", True)
+    assert (found.chosen_id, found.rejected_id) == ("m", "r")
+    # As of pairs of answers: by what is compared, so that no other record has its name.
+    assert found.pair_id == lineage_id("test", iteration=query.iteration, stage="pairs", parents=["m", "r"])
     assert (found.age, found.chosen_logprobs) == (None, None)
     assert pair("2+2=5") is None
 

@@ -108,7 +108,7 @@ def a_pair(chosen: float, rejected: float, *, source: str = "critic", num: int =
 def test_the_loss_of_a_pair_is_that_of_its_mean_log_probs_whatever_the_lengths() -> None:
     assert pair_loss(a_pair(-1.0, -3.0)) == pytest.approx(math.log1p(math.exp(-2.0)))
     assert pair_loss(a_pair(-3.0, -1.0)) == pytest.approx(math.log1p(math.exp(2.0)))
-    assert pair_loss(replace(a_pair(-3.0, -1.0), chosen_logprobs=None)) == 0.0
+    assert pair_loss(replace(a_pair(-3.0, -1.0), chosen_logprobs=None)) is None
 
 
 def test_pairs_that_the_policy_believes_least_are_left_out_but_not_the_experts() -> None:
@@ -118,6 +118,17 @@ def test_pairs_that_the_policy_believes_least_are_left_out_but_not_the_experts()
     assert select_pairs(pairs, config, iteration=1) == (tuple(pairs), 0)
     kept, num = select_pairs(pairs, config, iteration=2)
     assert ([pair.pair_id for pair in kept], num) == (["p1", *(f"p{i}" for i in range(4, 10))], 3)
+
+
+def test_pairs_without_log_probs_stay_and_do_not_count_in_the_share() -> None:
+    pairs = [a_pair(-2.0, -1.0 - i / 10, num=i) for i in range(10)]
+    mended = [
+        replace(a_pair(-2.0, -1.0, num=num), chosen_logprobs=None, rejected_logprobs=None) for num in range(10, 20)
+    ]
+    kept, num = select_pairs([*pairs, *mended], SelectionConfig(drop=0.3, ramp_iterations=1), iteration=2)
+    # 3 of the 10 that can be compared, not 6 of 20.
+    assert ([pair.pair_id for pair in kept], num) == ([f"p{i}" for i in range(3, 20)], 3)
+    assert select_pairs(mended, SelectionConfig(drop=0.3, ramp_iterations=1), iteration=2) == (tuple(mended), 0)
 
 
 def test_small_loss_finds_flipped_pairs_of_a_policy_that_mostly_knows() -> None:

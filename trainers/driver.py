@@ -469,17 +469,23 @@ class Driver:
             version=iteration - 1,
             max_age=self._config.loop.max_policy_age,
         )
-        if self._roles.refining is not None:
-            built, verdicts, rollouts.refinement = self._roles.refining.joined(built, rollouts, verdicts)
-        head = self._head
+        refining, head = self._roles.refining, self._head
+        joined = None if refining is None else refining.joined(built, rollouts, verdicts)
+        if joined is not None:
+            built, verdicts = joined.pairs, joined.verdicts
         pairs = self._pair_feedback.told(
             built, verdicts, iteration=iteration, checked=head.checked, scores=scores, running=head.scores
         )
+        told = pairs.pairs
+        if refining is not None:
+            pairs = refining.within_share(pairs, rollouts)
         logged = self._before(iteration)
         if "pairs" in logged:
             pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
         else:
             await self._journal.add("pairs", pairs.pairs, iteration=iteration)
+        if joined is not None:
+            rollouts.refinement = joined.fates(told, pairs.pairs)
         self._check_stop()
         return pairs
 

@@ -60,10 +60,14 @@ class Rollouts:
     responses: dict[str, Response] = field(default_factory=dict)
     critiques: dict[str, Critique] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
-    """Requests that no replica answered, by stage; a resume asks for them again."""
+    """Requests that no replica answered, by stage; a resume asks for them again, but for `refinement_stands`."""
     refined: dict[str, RefinedResponse] = field(default_factory=dict)
     """What failed answers were mended to; no answers of the learner's, so apart from `responses`."""
     refined_critiques: dict[str, Critique] = field(default_factory=dict)
+    refined_verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """What is said of each, by its id, as it was stored."""
+    refinement_stands: bool = False
+    """An earlier sitting has stored their verdicts, or the pairs: nothing more is asked for them."""
     refinement: Counter[str] = field(default_factory=Counter)
     """What became of the failed answers that were to be mended (`feedback.refinement`)."""
 
@@ -84,6 +88,10 @@ class Rollouts:
         if "refinement_critiques" in logged:
             critiques = from_table(logged["refinement_critiques"], Critique)
             rollouts.refined_critiques = {row.critique_id: row for row in critiques}
+        if "refinement_verdicts" in logged:
+            verdicts = from_table(logged["refinement_verdicts"], Verdict)
+            rollouts.refined_verdicts = {row.response_id: row for row in verdicts}
+        rollouts.refinement_stands = "refinement_verdicts" in logged or "pairs" in logged
         return rollouts
 
     @contextmanager

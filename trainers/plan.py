@@ -107,6 +107,9 @@ class Work:
     """At most, as all that follow."""
     critiques: int
     critique_tokens: int
+    mended: Mapping[str, int]
+    """Of failed answers that are mended: `answers`, `tokens` that the learner goes on with, `critiques` and
+    `critique_tokens`; empty where none is. They are not among the ones above."""
     expert_labels: int
     material: Material
     """What the loss is given of it."""
@@ -450,7 +453,8 @@ def _work(config: RunConfig) -> Work:
     asks = config.oversight.kind not in ("single", "majority")
     material = material_of(config.loss.kind)
     assert material is not None, "the config's own check"
-    pairs = queries * min(config.preferences.max_pairs_per_query, samples // 2)
+    pairs = queries * min(config.preferences.max_pairs_per_query, _most_pairs(config, num_samples=samples))
+    goes_on = config.refinement is not None and config.refinement.kind == "detect_critique_refine"
     rows = {"pairs": pairs, "groups": queries}.get(material, responses)
     domain = domain_called(config.domain.kind, config.domain)
     cells = len(domain.cells())
@@ -462,6 +466,14 @@ def _work(config: RunConfig) -> Work:
         response_tokens=responses * config.rollouts.sampling.max_tokens,
         critiques=critiques,
         critique_tokens=critiques * config.critic.judging.max_tokens,
+        mended={}
+        if config.refinement is None
+        else {
+            "answers": responses,
+            "tokens": responses * config.rollouts.sampling.max_tokens if goes_on else 0,
+            "critiques": critiques,
+            "critique_tokens": critiques * config.critic.judging.max_tokens,
+        },
         expert_labels=math.floor(config.oversight.budget * responses) if asks else 0,
         material=material,
         rows=rows,
@@ -474,6 +486,17 @@ def _work(config: RunConfig) -> Work:
             "probe": cells * config.evaluation.probe_per_cell,
         },
     )
+
+
+def _most_pairs(config: RunConfig, *, num_samples: int) -> int:
+    """Return how many pairs the samples of a query make at most, whatever a query may have.
+
+    Every answer is in one pair of sampled ones. A mended one that goes on is preferred to its own, so that all may be
+    rejected; of revisions one is preferred to an answer that no other pair rejects.
+    """
+    if config.refinement is None:
+        return num_samples // 2
+    return num_samples if config.refinement.kind == "detect_critique_refine" else (num_samples + 1) // 2
 
 
 def _files(config: RunConfig, *, shape: ModelShape, work: Work) -> Iterator[PlannedFile]:
@@ -522,6 +545,9 @@ def _journal_bytes(config: RunConfig, *, work: Work) -> int:
     if config.reward.kind == "model":
         rows += 2 * work.responses  # a score each, and at most one pair for each
     iteration = 200 * rows + 12 * work.response_tokens + 4 * work.critique_tokens
+    if work.mended:  # with a verdict each; what they were before a flaw is said again
+        iteration += 200 * (2 * work.mended["answers"] + work.mended["critiques"])
+        iteration += 12 * work.response_tokens + 4 * work.mended["critique_tokens"]
     once = sum(work.evaluation.values()) - work.evaluation["probe"]
     answers = 2 * once + (work.iterations + 1) * work.evaluation["probe"]
     return work.iterations * iteration + answers * (200 + 4 * config.rollouts.sampling.max_tokens)

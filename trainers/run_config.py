@@ -357,8 +357,8 @@ def _sharing_problems(config: RunConfig, role: Literal["attacker", "critic"]) ->
     section: AttackerSection | CriticSection = config.attacker if role == "attacker" else config.critic
     if config.learner.training.adapter is None:
         yield (
-            f'{role}.shares: got "rollouts" without learner.training.lora, wanted both: with all weights trained the '
-            "rollout pool's engines are the learner's alone"
+            f'{role}.shares: got "rollouts" without learner.training.lora or learner.training.panacea, wanted one of '
+            "them: with all weights trained the rollout pool's engines are the learner's alone"
         )
     wanted = config.rollouts.engine.model_dump()
     for key, value in section.engine.model_dump().items():

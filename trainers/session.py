@@ -19,7 +19,7 @@ import torch
 
 from actors.attacker import Attacker
 from actors.attacks import load_attack
-from actors.chat import encode_chat, encode_text, load_tokenizer, num_tokens_spanning
+from actors.chat import Tokenizer, encode_chat, encode_text, load_tokenizer, num_tokens_spanning
 from actors.critic import Critic
 from actors.domains import Domain, GoldLedger, Purpose, Role, load_domain
 from actors.engine import Completion, EngineConfig, GenerationRequest, start_engine_replica
@@ -47,6 +47,7 @@ from trainers.driver import Driver, DriverConfig, Roles, Stopped
 from trainers.evaluation import evaluation_sets
 from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_model import RewardModel, first_critique, read_response
+from trainers.feedback.segments import TokensSpanning
 from trainers.feedback.trade_offs import TradeOffs
 from trainers.gpu_turns import GpuTurns, share_gpus
 from trainers.live import Live
@@ -184,7 +185,10 @@ async def _run(
         )
         base = await _unless_stopped(base_model(config, domain=domain, progress=progress), stop=stop)
         wall.bootstrapped(0.0 if base is None else base.seconds)
-        starting = _start_roles(config, store=store, domain=domain, gold=gold, base=base, stack=stack)
+        tokenizer = load_tokenizer(_model(config.learner.model, base))
+        starting = _start_roles(
+            config, store=store, domain=domain, gold=gold, base=base, tokenizer=tokenizer, stack=stack
+        )
         roles = await _unless_stopped(starting, stop=stop)
         if companion is not None:
             stack.push_async_callback(asyncio.to_thread, companion.stop)
@@ -217,7 +221,7 @@ async def _run(
             store=store,
             domain=domain,
             gold=gold,
-            config=_driver_config(config, domain=domain, model=_model(config.learner.model, base)),
+            config=_driver_config(config, domain=domain, tokenizer=tokenizer),
             progress=live,
             stop=stop,
             wall=wall,
@@ -275,6 +279,7 @@ async def _start_roles(
     domain: Domain,
     gold: GoldLedger,
     base: BootstrapResult | None,
+    tokenizer: Tokenizer,
     stack: AsyncExitStack,
 ) -> Roles:
     """Start pools and learner group side by side, and give the roles to them."""
@@ -366,8 +371,12 @@ async def _start_roles(
         learner_group=group,
         pools=pools,
         turns=turns,
-        refining=_refining(config, pools["rollouts"], critic=critic, model=Path(source.path)),
-        reward_model=None if reward_group is None else _reward_model(config, reward_group, model=Path(source.path)),
+        refining=_refining(config, pools["rollouts"], critic=critic, tokenizer=tokenizer),
+        reward_model=(
+            None
+            if reward_group is None
+            else _reward_model(config, reward_group, model=Path(source.path), tokenizer=tokenizer)
+        ),
     )
 
 
@@ -379,12 +388,11 @@ def _reward_group(config: RunConfig, *, source: ModelSource) -> TrainingGroup | 
 
 
 def _refining(
-    config: RunConfig, pool: Pool[GenerationRequest, Completion], *, critic: Critic, model: Path
+    config: RunConfig, pool: Pool[GenerationRequest, Completion], *, critic: Critic, tokenizer: Tokenizer
 ) -> Refining | None:
     """Return how failed answers are mended; None where none is."""
     if config.refinement is None:
         return None
-    tokenizer = load_tokenizer(model)
     refiner = Refiner(
         pool,
         config=config.refinement,
@@ -399,15 +407,17 @@ def _refining(
         preferences=config.preferences,
         min_agreement=config.selection.min_agreement,
         max_age=config.loop.max_policy_age,
-        tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
+        tokens_spanning=_spanning(tokenizer),
         run=config.name,
         seed=config.seed,
     )
 
 
-def _reward_model(config: RunConfig, group: TrainingGroup, *, model: Path) -> RewardModel:
-    tokenizer = load_tokenizer(model)
+def _spanning(tokenizer: Tokenizer) -> TokensSpanning:
+    return lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars)
 
+
+def _reward_model(config: RunConfig, group: TrainingGroup, *, model: Path, tokenizer: Tokenizer) -> RewardModel:
     def critique(item: Judged) -> tuple[int, ...] | None:
         text = first_critique(item, run=config.name)
         return None if text is None else encode_text(tokenizer, text)
@@ -452,9 +462,8 @@ def _model(model: str, base: BootstrapResult | None) -> Path:
     return base.model_dir
 
 
-def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverConfig:
+def _driver_config(config: RunConfig, *, domain: Domain, tokenizer: Tokenizer) -> DriverConfig:
     sets = evaluation_sets(domain, config.evaluation)
-    tokenizer = load_tokenizer(model)
     probe = [query for query, _ in sets["probe"]]
     stride = max(1, len(probe) // NUM_PROBE_SEQUENCES)
     return DriverConfig(
@@ -481,7 +490,7 @@ def _driver_config(config: RunConfig, *, domain: Domain, model: Path) -> DriverC
         # At another temperature the engine's log-probs are of another distribution than the learner's.
         importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
         reference_weights=config.learner.reference,
-        tokens_spanning=lambda ids, num_chars: num_tokens_spanning(tokenizer, ids, num_chars=num_chars),
+        tokens_spanning=_spanning(tokenizer),
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
         ),

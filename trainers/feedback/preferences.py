@@ -33,7 +33,8 @@ class PreferenceConfig(Config):
     margin: float = Field(default=0.5, ge=0.0, le=1.0)
     """Least gap in P(good) between chosen and rejected."""
     max_pairs_per_query: int = Field(default=3, ge=1)
-    """Best against worst, second best against second worst, and so on, each response once."""
+    """Best against worst, second best against second worst, and so on, each response once. A query's pairs of mended
+    answers count too: they come after, and reject answers that are in no pair yet."""
     cut_at_flaw: bool = True
     """Train against a rejected response only up to the end of the first flaw that the critique quotes."""
     mix: MixConfig | None = None

@@ -29,7 +29,7 @@ class SelectionConfig(Config):
     them. 0 keeps all; it takes several critiques of each response (critic.judging.num_critiques)."""
     drop: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the rows that is left out, those of the largest loss, once the ramp is over: about as many as are wrong.
-    Of pairs and of accepted responses."""
+    Of pairs and of accepted responses; pairs without log-probs stay, and don't count."""
     ramp_iterations: int = Field(default=10, ge=1)
     """Iterations over which that share rises from 0, linearly: a learner that knows nothing yet can't tell."""
 
@@ -108,15 +108,15 @@ def cross_selected(
     return smallest(losses_of_peer, drop=drop), smallest(losses, drop=drop)
 
 
-def pair_loss(pair: PreferencePair) -> float:
+def pair_loss(pair: PreferencePair) -> float | None:
     """Return softplus(mean log p of the rejected's tokens - the chosen's), in nats, by the weights that sampled them.
 
     A loss against a reference is log 2 for every pair at an update's start, where policy and reference are the same,
     and tells none from another. This one needs no reference (the margin of Meng et al. 2024, arXiv 2405.14734) and no
-    pass over the data. Without log-probs it is 0: what can't be told is kept.
+    pass over the data. None without log-probs.
     """
     if not pair.chosen_logprobs or not pair.rejected_logprobs:
-        return 0.0
+        return None
     gap = _mean(pair.rejected_logprobs) - _mean(pair.chosen_logprobs)
     return max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))
 
@@ -129,11 +129,15 @@ def response_loss(response: Response) -> float:
 def select_pairs(
     pairs: Sequence[PreferencePair], config: SelectionConfig, *, iteration: int
 ) -> tuple[tuple[PreferencePair, ...], int]:
-    """Return the pairs of small loss and how many are left out; experts' pairs stay, for their labels are trusted."""
+    """Return the pairs of small loss and how many are left out; experts' pairs stay, for their labels are trusted.
+
+    The share is of the pairs that have log-probs: the others can't be told from one another, and stay as well.
+    """
     drop = drop_share(config, iteration=iteration)
-    losses = [-math.inf if pair.source == EXPERT else pair_loss(pair) for pair in pairs]
-    kept = tuple(pairs[row] for row in smallest(losses, drop=drop))
-    return kept, len(pairs) - len(kept)
+    found = [(row, pair.source, loss) for row, pair in enumerate(pairs) if (loss := pair_loss(pair)) is not None]
+    kept = smallest([-math.inf if source == EXPERT else loss for _, source, loss in found], drop=drop)
+    left_out = {row for row, _, _ in found} - {found[place][0] for place in kept}
+    return tuple(pair for row, pair in enumerate(pairs) if row not in left_out), len(left_out)
 
 
 def select_responses(
