@@ -43,8 +43,8 @@ class ExpertDesk:
 
 
 def _item(case: Judged) -> ExpertItem:
-    readable = [critique for critique in case.critiques if critique.parse_ok]
-    score = sum(c.score or 0.0 for c in readable) / len(readable) if readable else None
+    readable = case.readable
+    score = case.critic_verdict.score
     return ExpertItem(
         item_id=case.response.response_id,
         kind=LabelKind.RESPONSE,

@@ -56,6 +56,16 @@ class Judged:
     critiques: tuple[Critique, ...]
 
     @cached_property
+    def readable(self) -> tuple[Critique, ...]:
+        """The critiques that can be read."""
+        return tuple(critique for critique in self.critiques if critique.parse_ok)
+
+    @property
+    def step_logprobs(self) -> list[float]:
+        """Log P(correct) of every step, over the readable critiques; the label at the end, of the whole, is no step."""
+        return [logprob for critique in self.readable for logprob in critique.label_logprobs[:-1]]
+
+    @cached_property
     def critic_verdict(self) -> Verdict:
         """What the critiques add up to: the mean of P(good) over the readable ones.
 
@@ -65,7 +75,7 @@ class Judged:
         if not scores:
             return _verdict(self)
         score = math.fsum(scores) / len(scores)
-        quoted = [critique.issues[0].end for critique in self.critiques if critique.parse_ok and critique.issues]
+        quoted = [critique.issues[0].end for critique in self.readable if critique.issues]
         return _verdict(
             self,
             label=PASS if score >= 0.5 else FAIL,

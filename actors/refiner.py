@@ -55,14 +55,14 @@ class Begun:
 
 def first_issue(item: Judged) -> Issue | None:
     """Return the flaw that ends first, of those that each readable critique quotes first (`Verdict.flaw_end`)."""
-    firsts = [critique.issues[0] for critique in _readable(item) if critique.issues]
+    firsts = [critique.issues[0] for critique in _surest_first(item) if critique.issues]
     return min(firsts, key=lambda issue: issue.end, default=None)
 
 
 def all_issues(item: Judged) -> list[Issue]:
     """Return the flaws that readable critiques quote, in the text's order; of two that overlap the surer one's."""
     found: list[Issue] = []
-    for critique in _readable(item):
+    for critique in _surest_first(item):
         found += [
             issue
             for issue in critique.issues
@@ -85,12 +85,12 @@ def revise_spans(text: str, issues: Sequence[Issue]) -> str:
     return text
 
 
-def share_supported(critiques: Sequence[Critique]) -> float | None:
+def share_supported(item: Judged) -> float | None:
     """Return #supported / #claims over readable critiques: a mark supports where P(correct) is 1/2 or more.
 
-    None where none has a mark; the label at the end, which judges the whole, is none.
+    None where none has a mark.
     """
-    marks = [logprob for critique in critiques if critique.parse_ok for logprob in critique.label_logprobs[:-1]]
+    marks = item.step_logprobs
     return sum(logprob >= math.log(0.5) for logprob in marks) / len(marks) if marks else None
 
 
@@ -140,7 +140,7 @@ class Refiner:
         issues = all_issues(item)
         if item.response.finish_reason != "stop":
             return UNENDED
-        num_claims = max(len(issues), *(len(critique.label_logprobs) - 1 for critique in _readable(item)))
+        num_claims = max(len(issues), *(len(critique.label_logprobs) - 1 for critique in _surest_first(item)))
         num_deleted = sum(not issue.fix for issue in issues)
         revised = revise_spans(text, issues)
         if num_claims - num_deleted < self.config.min_recall * num_claims or not revised.strip():
@@ -227,10 +227,9 @@ def _refined(
     )
 
 
-def _readable(item: Judged) -> list[Critique]:
+def _surest_first(item: Judged) -> list[Critique]:
     """Return the critiques that could be read, the surest of a flaw first, whatever their ids."""
-    readable = [critique for critique in item.critiques if critique.parse_ok]
-    return sorted(readable, key=lambda critique: (critique.score or 0.0, critique.text))
+    return sorted(item.readable, key=lambda critique: (critique.score or 0.0, critique.text))
 
 
 async def _nothing() -> AsyncIterator[list[Completion]]:

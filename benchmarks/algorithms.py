@@ -3,11 +3,12 @@
     .venv/bin/python -m benchmarks.algorithms choose --seeds 0
     .venv/bin/python -m benchmarks.algorithms report --seeds 51 52 53 54 55 --algorithms dpo kto grpo sft
 
-`choose` tries every algorithm with every learning rate of its family and looks at probe problems alone. (To try one
-rate of each and the others of the best alone is not enough: dpo's mean was 0.81 at 3e-5, the thirteenth, and 0.96 at
-1e-4.) `report` runs each algorithm with the learning rate that was chosen, on seeds that nothing was chosen on, and
-looks at sealed problems. The measure of the choice is the mean of the probe accuracies after each iteration: how fast
-it learns and how far, in one figure; the last accuracy alone does not tell the good ones apart.
+`choose` climbs, for every algorithm, over the learning rates of its family: it begins with the middle one and goes on
+until no neighbour of the best is untried. It looks at probe problems alone. (One rate of each is not enough: dpo's mean
+was 0.81 at 3e-5, the thirteenth, and 0.96 at 1e-4.) `report` runs each algorithm with the learning rate that was
+chosen, on seeds that nothing was chosen on, and looks at sealed problems. The measure of the choice is the mean of the
+probe accuracies after each iteration: how fast it learns and how far, in one figure; the last accuracy alone does not
+tell the good ones apart.
 
 Losses of pairs all have the demo's NLL term on the chosen answer (`nll_weight` 10), without which its tiny model
 forgets how to write; `dpo_plain` is dpo without it.
@@ -16,30 +17,35 @@ All of a seed's runs start from one base model and generate as much: the same nu
 in every iteration. "At equal wall" is the probe accuracy that a run had reached when the quickest of the seed's runs
 was through its iterations.
 
-Regime: `critic_expert`. Every run has a directory, runs/algorithms/SEED/ALGORITHM-RATE; what is finished is not run
-again, and --table runs nothing.
+Regime: `critic_expert`. Every run has a directory, runs/algorithms/SEED/ALGORITHM-RATE, and its figures go to
+benchmarks/algorithms.json as soon as it is through: a campaign takes hours, and goes on where that file ends, on
+another machine too. --table runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.cold_demo import ROOT, run_measured
+from benchmarks.cold_demo import ROOT, run_afresh
 from benchmarks.experiments import markdown_table, points
 from benchmarks.run_figures import RunFigures, figures_of
+from cluster.durable_files import write_json_atomic
 from trainers.summary import GainSummary, read_metrics, read_summary
 
 RUNS = ROOT / "runs" / "algorithms"
 PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("3e-5", "1e-4", "3e-4"), ("1e-5", "3e-5", "1e-4"), ("3e-5", "1e-4", "3e-4")
-CHOICE = ROOT / "benchmarks" / "algorithms.json"
-"""The learning rates that `choose` has found, by algorithm."""
+FIGURES = ROOT / "benchmarks" / "algorithms.json"
+"""What has been measured: `choice`, the probe accuracy after each iteration by algorithm, rate and seed; `report`, the
+outcomes."""
+Choice = dict[str, dict[str, dict[str, list[float]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +53,7 @@ class Algorithm:
     """One way to learn: what the TOML says of it."""
 
     rates: tuple[str, ...]
-    """Learning rates to be tried."""
+    """Learning rates that may be tried, the least first."""
     settings: Mapping[str, str]
 
 
@@ -115,11 +121,30 @@ class Outcome:
     attack_success: float
     """On the frozen attack set, after the loop."""
     figures: RunFigures
+    commit: str
+    """Of the code."""
 
     @property
     def speed(self) -> float:
         """Return the mean probe accuracy over iterations: what `choose` goes by."""
         return statistics.fmean(self.probe)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {**asdict(self), "sealed": self.sealed.model_dump()}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Outcome:
+        """Return what `plain` has written."""
+        return cls(
+            **{
+                **plain,
+                "probe": tuple(plain["probe"]),
+                "walls": tuple(plain["walls"]),
+                "sealed": GainSummary.model_validate(plain["sealed"]),
+                "figures": RunFigures(**plain["figures"]),
+            }
+        )
 
     def probe_by(self, seconds: float) -> float | None:
         """Return the probe accuracy of the last iteration that had ended by then; None when none had."""
@@ -148,28 +173,20 @@ def words_of(algorithm: str, *, rate: str, seed: int) -> list[str]:
     return [*words, *(f"{key}={value}" for key, value in settings.items())]
 
 
-def run_one(algorithm: str, *, rate: str, seed: int) -> None:
-    """Make a run from the seed's base model.
+def run_one(algorithm: str, *, rate: str, seed: int) -> Outcome:
+    """Make a run from the seed's base model, and return what it came to.
 
     Raises:
         RuntimeError: it failed.
     """
     run = directory(algorithm, rate=rate, seed=seed)
-    shutil.rmtree(run, ignore_errors=True)
     print(f"━━ seed {seed}, {run.name}", flush=True)
-    ended = run_measured(words_of(algorithm, rate=rate, seed=seed))
-    if ended.exit_code != 0:
-        raise RuntimeError(f"algorithms: {run} ended with exit code {ended.exit_code}, wanted 0")
-
-
-def outcome_of(algorithm: str, *, rate: str, seed: int) -> Outcome | None:
-    """Return what a run came to; None where there is none, or none that is through."""
-    run = directory(algorithm, rate=rate, seed=seed)
-    summary = read_summary(run) if run.is_dir() else None
+    run_afresh(run, words_of(algorithm, rate=rate, seed=seed))
+    summary, rows = read_summary(run), read_metrics(run)
     if summary is None:
-        return None
-    rows = read_metrics(run)
+        raise RuntimeError(f"{run}: got no summary, wanted one")
     resolved = json.loads((run / "resolved.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     return Outcome(
         algorithm=algorithm,
         rate=rate,
@@ -179,46 +196,100 @@ def outcome_of(algorithm: str, *, rate: str, seed: int) -> Outcome | None:
         sealed=summary.sealed_accuracy,
         attack_success=summary.attack_success.after,
         figures=figures_of(run, temperature=float(resolved["rollouts"]["sampling"]["temperature"])),
+        commit=head.stdout.strip(),
     )
 
 
-def outcomes_of(plan: Sequence[tuple[str, str]], *, seeds: Sequence[int], run: bool) -> list[Outcome]:
-    """Return what the runs of a plan of algorithms and rates came to; `run` makes those that are missing."""
+# ------------------------------------------------------------------------------------------------------------- choose
+
+
+def rate_means(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Return by learning rate the mean over seeds of the mean probe accuracy over iterations."""
+    return {
+        rate: statistics.fmean(statistics.fmean(probe) for probe in seeds.values()) for rate, seeds in found.items()
+    }
+
+
+def best_rate(means: Mapping[str, float]) -> str:
+    """Return the learning rate with the greatest mean, the first of equals."""
+    return max(means, key=lambda rate: means[rate])
+
+
+def next_rate(rates: Sequence[str], means: Mapping[str, float]) -> str | None:
+    """Return which learning rate is to be tried next, or None when no neighbour of the best is untried.
+
+    Args:
+        rates: those that may be tried, the least first.
+        means: what came of those that were.
+    """
+    tried = {rate: means[rate] for rate in rates if rate in means}
+    if not tried:
+        return rates[len(rates) // 2]
+    place = rates.index(best_rate(tried))
+    neighbours = rates[max(0, place - 1) : place + 2]
+    return next((rate for rate in neighbours if rate not in tried), None)
+
+
+def choose(names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Try learning rates of the algorithms, on all seeds each, and write down what comes of them."""
+    for name in names:
+        while True:
+            choice: Choice = read_figures()["choice"]
+            found = choice.setdefault(name, {})
+            whole = {rate: by for rate, by in found.items() if all(str(seed) in by for seed in seeds)}
+            rate = next_rate(ALGORITHMS[name].rates, rate_means(whole))
+            if rate is None:
+                break
+            by_seed = found.setdefault(rate, {})
+            for seed in seeds:
+                if str(seed) not in by_seed:
+                    by_seed[str(seed)] = list(run_one(name, rate=rate, seed=seed).probe)
+                    keep(choice=choice)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def report(names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run the algorithms with their chosen learning rates, seed by seed, and write down what comes of them."""
     for seed in seeds:
-        for name, rate in plan:
-            if run and outcome_of(name, rate=rate, seed=seed) is None:
-                run_one(name, rate=rate, seed=seed)
-    found = [outcome_of(name, rate=rate, seed=seed) for name, rate in plan for seed in seeds]
-    return [one for one in found if one is not None]
+        for name in names:
+            figures = read_figures()
+            if any((one["algorithm"], one["seed"]) == (name, seed) for one in figures["report"]):
+                continue
+            rate = best_rate(rate_means(figures["choice"][name]))
+            keep(report=[*figures["report"], run_one(name, rate=rate, seed=seed).plain()])
 
 
-def best_rates(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Return for each algorithm the learning rate whose runs learnt best on probe, over all seeds."""
-    speeds: dict[str, dict[str, list[float]]] = {}
-    for outcome in outcomes:
-        speeds.setdefault(outcome.algorithm, {}).setdefault(outcome.rate, []).append(outcome.speed)
-    return {name: max(by_rate, key=lambda rate: statistics.fmean(by_rate[rate])) for name, by_rate in speeds.items()}
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def read_figures() -> dict[str, Any]:
+    """Return what has been measured so far."""
+    found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"choice": {}, "report": []}
+    return found
+
+
+def keep(**parts: object) -> None:
+    """Put parts of the figures in the place of what is written there."""
+    write_json_atomic(FIGURES, read_figures() | parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- print
 
 
-def choice_table(outcomes: Sequence[Outcome]) -> str:
-    """Return the table of the choice, a row for each algorithm and learning rate; nothing sealed is in it."""
-    best = best_rates(outcomes)
-    rows = [
-        (
-            one.algorithm,
-            f"**{one.rate}**" if best[one.algorithm] == one.rate else one.rate,
-            str(one.seed),
-            f"{one.speed:.3f}",
-            ", ".join(f"{accuracy:.2f}" for accuracy in one.probe),
-            f"{statistics.fmean(one.walls):.1f}",
-        )
-        for one in outcomes
-    ]
-    head = ("algorithm", "learning rate", "seed", "probe, mean over iterations", "after each", "s per iteration")
-    return markdown_table(head, rows)
+def choice_table(choice: Choice) -> str:
+    """Return the table of the choice, a row for each algorithm, the best first; nothing sealed is in it."""
+    rates = sorted({rate for found in choice.values() for rate in found}, key=float)
+    means = {name: rate_means(found) for name, found in choice.items() if found}
+    rows = []
+    for name in sorted(means, key=lambda name: -max(means[name].values())):
+        best = best_rate(means[name])
+        cells = [f"{means[name][rate]:.3f}" if rate in means[name] else "" for rate in rates]
+        probes = [", ".join(f"{accuracy:.2f}" for accuracy in probe) for probe in choice[name][best].values()]
+        shown = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
+        rows.append((name, *shown, " · ".join(probes)))
+    return markdown_table(("algorithm", *rates, "probe after each iteration, best rate"), rows)
 
 
 def report_table(outcomes: Sequence[Outcome]) -> str:
@@ -283,28 +354,15 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=tuple(ALGORITHMS))
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     said = parser.parse_args()
+    if not said.table:
+        (choose if said.what == "choose" else report)(said.algorithms, said.seeds)
+    figures = read_figures()
     if said.what == "choose":
-        plan = [(name, rate) for name in said.algorithms for rate in ALGORITHMS[name].rates]
+        print(choice_table(figures["choice"]))
     else:
-        chosen: dict[str, str] = json.loads(CHOICE.read_text())
-        plan = [(name, chosen[name]) for name in said.algorithms]
-    outcomes = outcomes_of(plan, seeds=said.seeds, run=not said.table)
-    if said.what == "choose":
-        known = json.loads(CHOICE.read_text()) if CHOICE.is_file() else {}
-        CHOICE.write_text(json.dumps(known | best_rates(outcomes), indent=1) + "\n")
-        print(choice_table(outcomes))
-    else:
-        print(report_table(outcomes))
-    (RUNS / f"{said.what}.json").write_text(json.dumps([_plain(one) for one in outcomes], indent=1))
+        outcomes = [Outcome.of(one) for one in figures["report"]]
+        print(report_table([one for one in outcomes if one.algorithm in said.algorithms and one.seed in said.seeds]))
     return 0
-
-
-def _plain(outcome: Outcome) -> dict[str, object]:
-    return {
-        **{key: getattr(outcome, key) for key in ("algorithm", "rate", "seed", "probe", "walls", "attack_success")},
-        "sealed": outcome.sealed.model_dump(),
-        "figures": asdict(outcome.figures),
-    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,18 @@ def run_measured(words: Sequence[str]) -> Sitting:
         peak = max(peak, tree_gb(process.pid))
         time.sleep(SAMPLE_EVERY_S)
     return Sitting(exit_code=process.returncode, wall_s=time.monotonic() - begin, peak_gb=peak)
+
+
+def run_afresh(run: Path, words: Sequence[str]) -> None:
+    """Run `elenchus.py WORDS`, which makes the run in that directory, after what is there is gone.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    ended = run_measured(["elenchus.py", *words])
+    if ended.exit_code != 0:
+        raise RuntimeError(f"{run}: got exit code {ended.exit_code}, wanted 0")
 
 
 def tree_gb(pid: int) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.against_trl import PYTHON
 from benchmarks.bench import record
-from benchmarks.cold_demo import ROOT, run_measured
+from benchmarks.cold_demo import ROOT, run_afresh
 from benchmarks.figure import Figure, table
 from cluster.durable_files import write_json_atomic
 from trainers.summary import IterationMetrics, read_metrics
@@ -52,12 +51,9 @@ def ours(seed: int) -> Path:
         RuntimeError: it failed.
     """
     run = RUNS / f"grpo-{seed}"
-    shutil.rmtree(run, ignore_errors=True)
     words = ["run", "--name", run.name, "--seed", str(seed), f"runs_dir={RUNS}"]
     settings = ["loss.kind=grpo", f"learner.training.learning_rate={RATE}"]
-    ended = run_measured(["elenchus.py", *words, *settings])
-    if ended.exit_code != 0:
-        raise RuntimeError(f"loop_against_trl: {run} ended with exit code {ended.exit_code}, wanted 0")
+    run_afresh(run, [*words, *settings])
     return run
 
 

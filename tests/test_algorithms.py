@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,19 @@ from transformers import AutoModelForCausalLM
 
 import elenchus
 from actors.records import Response
-from benchmarks.algorithms import ALGORITHMS, Outcome, best_rates, choice_table, report_table, words_of
+from benchmarks import algorithms
+from benchmarks.algorithms import (
+    ALGORITHMS,
+    Outcome,
+    best_rate,
+    choice_table,
+    choose,
+    next_rate,
+    rate_means,
+    report,
+    report_table,
+    words_of,
+)
 from benchmarks.run_figures import RunFigures, kl_from, self_bleu
 from trainers.base_model import BaseModelConfig, write_base_model
 from trainers.logprobs import token_logprobs
@@ -30,6 +43,7 @@ ONE = Outcome(
     sealed=SEALED,
     attack_success=0.1,
     figures=FIGURES,
+    commit="0000000",
 )
 
 
@@ -47,12 +61,61 @@ def test_an_algorithm_is_a_config_that_the_command_line_takes(name: str) -> None
         assert config.loss.kind == ALGORITHMS[name].settings["loss.kind"]
 
 
-def test_the_rate_that_learnt_fastest_on_probe_is_chosen_whatever_the_sealed_problems_say() -> None:
-    slow = replace(ONE, rate="1e-5", probe=(0.4, 0.4, 0.95), sealed=replace_gain(0.6))
-    assert best_rates([ONE, slow]) == {"dpo": "3e-5"}
-    # Two seeds count by their mean.
-    assert best_rates([ONE, replace(ONE, seed=52, probe=(0.1, 0.1, 0.1)), slow]) == {"dpo": "1e-5"}
-    assert "**3e-5** | 51 | 0.700 | 0.50, 0.70, 0.90 | 10.0 |" in choice_table([ONE, slow])
+def test_the_rate_that_learnt_fastest_on_probe_is_chosen_over_all_seeds() -> None:
+    found = {"3e-5": {"0": [0.5, 0.7, 0.9]}, "1e-5": {"0": [0.4, 0.4, 0.95]}}
+    assert best_rate(rate_means(found)) == "3e-5"
+    found["3e-5"]["1"] = [0.1, 0.1, 0.1]
+    assert best_rate(rate_means(found)) == "1e-5"
+    assert "| dpo | **0.583** | 0.400 | 0.40, 0.40, 0.95 |" in choice_table({"dpo": found})
+
+
+@pytest.mark.parametrize(
+    ("means", "wanted"),
+    [
+        ({}, "2"),
+        ({"2": 0.5}, "1"),
+        ({"2": 0.5, "1": 0.6}, None),
+        ({"2": 0.5, "1": 0.4}, "3"),
+        ({"2": 0.5, "1": 0.4, "3": 0.6}, None),
+        ({"3": 0.6}, "2"),
+        ({"3": 0.6, "9": 0.7}, "2"),
+    ],
+    ids=[
+        "middle first",
+        "lower next",
+        "lower is better",
+        "upper next",
+        "upper is better",
+        "from above",
+        "no such rate",
+    ],
+)
+def test_rates_are_tried_until_no_neighbour_of_the_best_is_left(means: dict[str, float], wanted: str | None) -> None:
+    assert next_rate(("1", "2", "3"), means) == wanted
+
+
+def test_a_campaign_goes_on_where_its_figures_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, str, int]] = []
+
+    def run_one(algorithm: str, *, rate: str, seed: int) -> Outcome:
+        made.append((algorithm, rate, seed))
+        if len(made) == 2:
+            raise RuntimeError("killed")
+        return replace(ONE, algorithm=algorithm, rate=rate, seed=seed, probe=(float(rate) * 1e3,))
+
+    monkeypatch.setattr(algorithms, "run_one", run_one)
+    monkeypatch.setattr(algorithms, "FIGURES", tmp_path / "figures.json")
+    with pytest.raises(RuntimeError, match="killed"):
+        choose(["sft"], [0])
+    choose(["sft"], [0])
+    assert made == [("sft", "1e-4", 0), ("sft", "3e-5", 0), ("sft", "3e-5", 0), ("sft", "3e-4", 0)]
+    assert json.loads((tmp_path / "figures.json").read_text())["choice"]["sft"]["3e-4"] == {"0": [0.3]}
+    report(["sft"], [51])
+    report(["sft"], [51, 52])
+    assert made[4:] == [("sft", "3e-4", 51), ("sft", "3e-4", 52)]
+    kept = json.loads((tmp_path / "figures.json").read_text())["report"]
+    assert [Outcome.of(one).seed for one in kept] == [51, 52]
+    assert Outcome.of(kept[0]) == replace(ONE, algorithm="sft", rate="3e-4", probe=(0.3,))
 
 
 def replace_gain(gain: float) -> GainSummary:

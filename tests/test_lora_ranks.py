@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from actors.adapter import adapter_shapes
 from actors.model_directory import expected_shapes
-from cluster.weights import iter_tensors
+from tests.adapter_ranks import IDS, PROBE, Tensors, adapter, difference, logprobs_of, pair_table, update
 from tests.one_loop import Loop
 from tests.test_training_group_rl import Toy
 from tests.tiny_models import write_llama
-from trainers.losses import bradley_terry, dpo, ppo
+from trainers.losses import bradley_terry, ppo
 from trainers.ranks.lora import LoraConfig
-from trainers.training_config import ReferenceWeights
 from trainers.training_group import (
     CorruptCheckpoint,
     ModelSource,
@@ -33,10 +30,7 @@ from trainers.training_group import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
-IDS = [f"p{i:02d}" for i in range(16)]
-PROBE = ((7, 8, 9, 10), (20, 21), (30, 31, 32, 33, 34, 35))
 LORA = LoraConfig(rank=4, alpha=8.0)
-Tensors = dict[str, torch.Tensor]
 
 
 def settings(*, num_ranks: int = 2, zero_stage: Literal[0, 1, 2, 3] = 0, lora: LoraConfig = LORA) -> TrainingConfig:
@@ -49,22 +43,6 @@ def settings(*, num_ranks: int = 2, zero_stage: Literal[0, 1, 2, 3] = 0, lora: L
         epsilon=1e-5,  # A's first gradients are almost 0: AdamW would divide rounding by rounding
         lora=lora,
         cpus_per_rank=0.01,
-    )
-
-
-def pair_table() -> pa.Table:
-    generator = random.Random(0)
-
-    def ids(least: int, most: int) -> list[int]:
-        return [generator.randrange(6, 100) for _ in range(generator.randrange(least, most))]
-
-    return pa.table(
-        {
-            "pair_id": IDS,
-            "prompt_token_ids": [ids(5, 20) for _ in IDS],
-            "chosen_token_ids": [ids(2, 40) for _ in IDS],
-            "rejected_token_ids": [ids(2, 40) for _ in IDS],
-        }
     )
 
 
@@ -82,32 +60,9 @@ def pair(loop: Loop, base: ModelSource) -> Iterator[TrainingGroup]:
     loop.run(group.shutdown())
 
 
-async def update(
-    group: TrainingGroup,
-    *,
-    start: int = 0,
-    num_steps: int = 4,
-    reference: ReferenceWeights = "start_of_update",
-) -> UpdateReport:
-    plan = TrainingPlan.of(IDS, batch_size=8, epochs=4, seed=0)
-    part = TrainingPlan(row_ids=plan.row_ids, steps=plan.steps[start : start + num_steps])
-    return await group.update(
-        pair_table(), loss="dpo", loss_config=dpo.Config(), plan=part, reference_weights=reference
-    )
-
-
-async def adapter(group: TrainingGroup) -> Tensors:
-    return {name: tensor.clone() for name, tensor in iter_tensors(await group.publish(version="v1"))}
-
-
 async def trained(group: TrainingGroup, *, config: TrainingConfig, source: ModelSource) -> tuple[UpdateReport, Tensors]:
     await group.reopen(config=config, source=source)
     return await update(group), await adapter(group)
-
-
-def difference(a: Tensors, b: Tensors) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +202,6 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(
 def test_an_export_is_the_base_with_the_adapter_merged(
     loop: Loop, pair: TrainingGroup, base: ModelSource, tmp_path: Path, stage: Literal[0, 3]
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     async def call() -> tuple[tuple[tuple[float, ...], ...], Tensors]:
         await pair.reopen(config=settings(zero_stage=stage), source=base)
         await update(pair)
@@ -267,11 +220,7 @@ def test_an_export_is_the_base_with_the_adapter_merged(
             assert not torch.equal(after[name], tensor)
         else:
             assert torch.equal(after[name], tensor), name
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
-    for token_ids, wanted in zip(PROBE, said, strict=True):
-        with torch.no_grad():
-            table = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
-        own = [table[i, token].item() for i, token in enumerate(token_ids[1:])]
+    for own, wanted in zip(logprobs_of(tmp_path / "policy", PROBE), said, strict=True):
         assert own == pytest.approx(wanted, abs=1e-4)
 
 

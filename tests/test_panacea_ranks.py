@@ -21,9 +21,9 @@ from actors.model_directory import expected_shapes
 from cluster.pool import Pool, Replica
 from cluster.weight_sync import sync_weights
 from cluster.weights import ParityProbe
+from tests.adapter_ranks import PROBE, Tensors, adapter, difference, logprobs_of, update
 from tests.one_loop import Loop
 from tests.published_learner import BOUND
-from tests.test_lora_ranks import PROBE, Tensors, adapter, difference, update
 from tests.tiny_models import write_llama
 from trainers.ranks.adapters import LAYERS_DIR, LAYERS_FILE, SETTINGS_FILE
 from trainers.ranks.panacea import PanaceaLinear, add_panacea, layers_of, merged_parameters, set_preference
@@ -176,11 +176,8 @@ def test_an_export_is_the_base_with_one_vectors_update_and_keeps_what_makes_the_
     assert changed == {f"{name}.weight" for name, _ in layers_of(model)}
     saved = json.loads((tmp_path / "policy" / LAYERS_DIR / SETTINGS_FILE).read_text())
     assert (saved["rank"], saved["num_objectives"]) == (3, 2)
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
-    for token_ids, wanted in zip(PROBE, said, strict=True):
-        with torch.no_grad():
-            table = served(torch.tensor([token_ids])).logits[0].log_softmax(-1)
-        assert [table[i, token].item() for i, token in enumerate(token_ids[1:])] == pytest.approx(wanted, abs=1e-4)
+    for own, wanted in zip(logprobs_of(tmp_path / "policy", PROBE), said, strict=True):
+        assert own == pytest.approx(wanted, abs=1e-4)
 
 
 def fill(model: object, learnt: Tensors) -> None:

@@ -200,11 +200,14 @@ def test_the_score_is_the_share_of_marks_that_support() -> None:
         marks = tuple(math.log(p) for p in probabilities)
         return replace(make_critique(score=0.9 if readable else None), label_logprobs=marks)
 
+    def supported(*critiques: Critique) -> float | None:
+        return share_supported(replace(failed(WRONG), critiques=critiques))
+
     # Three marks of which two support; the label at the end, .01, is none.
-    assert share_supported([said(0.9, 0.2, 0.5, 0.01)]) == pytest.approx(2 / 3)
-    assert share_supported([said(0.9, 0.2, 0.5, 0.01), said(0.1, 0.99), said(0.9, 0.9, readable=False)]) == 0.5
-    assert share_supported([said(0.99)]) is None
-    assert share_supported([]) is None
+    assert supported(said(0.9, 0.2, 0.5, 0.01)) == pytest.approx(2 / 3)
+    assert supported(said(0.9, 0.2, 0.5, 0.01), said(0.1, 0.99), said(0.9, 0.9, readable=False)) == 0.5
+    assert supported(said(0.99)) is None
+    assert supported() is None
 
 
 # ---------------------------------------------------------------------------------------------------- asking a model

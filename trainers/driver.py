@@ -511,8 +511,8 @@ class Driver:
         """Train the learner on the iteration's data, an Arrow table; None when there is none."""
         data, iteration = prepared.data, prepared.iteration
         if self._material != "pairs" and "left_out" not in self._before(iteration):
-            said, kind = (prepared.judged, prepared.verdicts), self._material
-            unused = left_out(*said, data, material=kind, run=self._run, iteration=iteration)
+            judged, verdicts, material = prepared.judged, prepared.verdicts, self._material
+            unused = left_out(judged, verdicts, data, material=material, run=self._run, iteration=iteration)
             await self._journal.add("left_out", unused, iteration=iteration)
         if not data.row_ids:
             logger.warning("iteration %d: nothing to train on: all was dropped", prepared.iteration)

@@ -33,7 +33,7 @@ def _verdict(item: Judged, verdict: Verdict) -> float | None:
 
 
 def _steps(item: Judged, verdict: Verdict) -> float | None:
-    marks = [mark for c in item.critiques if c.parse_ok for mark in c.label_logprobs[:-1]]
+    marks = item.step_logprobs
     return math.fsum(map(math.exp, marks)) / len(marks) if marks else None
 
 

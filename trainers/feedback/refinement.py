@@ -404,12 +404,12 @@ def _best_against_worst(
 
 def _revision(item: Judged, said: Judged) -> Revision:
     """Return an answer's revision, or the answer itself where it is what is said, with its score."""
-    before = share_supported(item.critiques)
+    before = share_supported(item)
     return Revision(
         candidate=Candidate(candidate_id=item.response.response_id, group=item.query.query_id, text=item.response.text),
         claims=(),
         revised=said.response.text,
         score_before=before,
-        score=share_supported(said.critiques),
+        score=share_supported(said),
         num_unread=0,
     )

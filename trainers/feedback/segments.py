@@ -133,7 +133,7 @@ def rewards_of(
         return range(max(0, tokens_spanning(ids, start + 1) - 1), tokens_spanning(ids, end))
 
     overruled = verdict is not None and verdict.source == EXPERT and verdict.label != item.critic_verdict.label
-    readable = [critique for critique in item.critiques if critique.parse_ok and not overruled]
+    readable = () if overruled else item.readable
     total = [0.0] * len(ids)
     for critique in readable:
         found = segment_rewards(

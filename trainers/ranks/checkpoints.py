@@ -74,17 +74,7 @@ class Checkpoints:
         return digests
 
     def load(self, path: str, *, files: tuple[FileDigest, ...] | None) -> dict[str, Any]:
-        """Go on from a checkpoint, and return its counters. Its files are checked before any of them is unpickled.
-
-        Args:
-            path: the directory that `save` wrote.
-            files: the digests that it must have; by default those of its own manifest, whose digest is the caller's to
-                check.
-
-        Raises:
-            CorruptCheckpoint: a file is missing, changed or one too many, or it was saved with other settings; another
-                number of ranks is no hindrance, but for an adapter.
-        """
+        """Go on from a checkpoint, as `DeepSpeedRank.load` says it, and return its counters."""
         source = Path(path)
         wanted = {digest.path: digest for digest in files or read_manifest(source)}
         problems = listing_problems(source, wanted) if self._model.rank == 0 else []

@@ -63,11 +63,7 @@ from trainers.losses import (
 from trainers.policy_gradient import PolicyLoss
 from trainers.ranks.checkpoints import Checkpoints
 from trainers.ranks.collectives import all_sum, on_all
-from trainers.ranks.deepspeed_engine import (
-    import_deepspeed,
-    join_deepspeed,
-    put_aside,
-)
+from trainers.ranks.deepspeed_engine import import_deepspeed, join_deepspeed, put_aside
 from trainers.ranks.kl_probe import KlProbe, KlReached, probe_rows
 from trainers.ranks.model_source import ModelSource
 from trainers.ranks.panacea import set_preference

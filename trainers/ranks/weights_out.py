@@ -46,16 +46,7 @@ class WeightsOut:
     def send_weights(
         self, actor: Any, *, backend: Backend, opened: Opened, host: str, port: int, deadline_s: float
     ) -> None:
-        """Send the weights as they are to one replica, by vLLM's own transfer; the first time they meet for it.
-
-        Args:
-            actor: the replica's, which waits for them.
-            backend: one of vLLM's.
-            opened: who waits.
-            host: rank 0's address.
-            port: a free one there; read when they meet.
-            deadline_s: longest time for one answer of the replica.
-        """
+        """Send the weights as they are to one replica: `DeepSpeedRank.send_weights`."""
         sender = self._senders.get(opened.replica_id)
         if sender is None:
             sender = self._senders[opened.replica_id] = make_sender(
