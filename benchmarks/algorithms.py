@@ -169,7 +169,7 @@ def words_of(algorithm: str, *, rate: str, seed: int) -> list[str]:
         "learner.training.learning_rate": rate,
         **ALGORITHMS[algorithm].settings,
     }
-    words = ["elenchus.py", "run", "--name", run.name, "--seed", str(seed)]
+    words = ["run", "--name", run.name, "--seed", str(seed)]
     return [*words, *(f"{key}={value}" for key, value in settings.items())]
 
 
