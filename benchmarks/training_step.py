@@ -59,7 +59,7 @@ async def measure(*, quick: bool) -> list[Figure]:
     run = RunConfig()
     with tempfile.TemporaryDirectory(prefix="elenchus-bench-") as folder:
         model = write_base_model(Path(folder) / "model", BaseModelConfig(), seed=0)
-        table = demo_pairs(32 if quick else 160, num_tokens=len(load_tokenizer(model)))
+        table = made_up_pairs(32 if quick else 160, num_tokens=len(load_tokenizer(model)))
         setting = Setting(
             model=str(model),
             training=run.learner.training.model_copy(update={"cpus_per_rank": 0.1}),
@@ -118,8 +118,12 @@ async def _measure(
     )
 
 
-def demo_pairs(num: int, *, num_tokens: int) -> pa.Table:
-    """Return pairs of the demo's lengths: prompts of 7 to 11 tokens, chosen of 22 to 34, rejected of 8 to 28."""
+DEMO_LENGTHS = (7, 11), (22, 34), (8, 28)
+"""Least and most tokens of a prompt, a chosen and a rejected response."""
+
+
+def made_up_pairs(num: int, *, num_tokens: int, lengths: Sequence[tuple[int, int]] = DEMO_LENGTHS) -> pa.Table:
+    """Return pairs of random tokens: `lengths` are the least and most of prompts, chosen and rejected responses."""
     rng = random.Random(0)
 
     def ids(least: int, most: int) -> list[int]:
@@ -128,9 +132,9 @@ def demo_pairs(num: int, *, num_tokens: int) -> pa.Table:
     return pa.table(
         {
             "pair_id": [f"p{number:05d}" for number in range(num)],
-            "prompt_token_ids": [ids(7, 11) for _ in range(num)],
-            "chosen_token_ids": [ids(22, 34) for _ in range(num)],
-            "rejected_token_ids": [ids(8, 28) for _ in range(num)],
+            "prompt_token_ids": [ids(*lengths[0]) for _ in range(num)],
+            "chosen_token_ids": [ids(*lengths[1]) for _ in range(num)],
+            "rejected_token_ids": [ids(*lengths[2]) for _ in range(num)],
         }
     )
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.training_step import demo_pairs
+from benchmarks.training_step import made_up_pairs
 from trainers.batches import TrainingPlan, lay_out, micro_batches, pair_rows, sequence_rows, token_rows
 
 
@@ -126,7 +126,7 @@ def cut_pairs(num: int, *, chosen: int, rejected: int) -> pa.Table:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_of_the_demos_mix_have_about_equally_many_tokens(num_ranks: int) -> None:
-    rows = pair_rows(demo_pairs(320, num_tokens=100))
+    rows = pair_rows(made_up_pairs(320, num_tokens=100))
     plan = TrainingPlan.of([str(row) for row in range(320)], batch_size=16, epochs=2, seed=0)
     most = total = 0
     for step in plan.steps:

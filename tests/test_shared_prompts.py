@@ -118,9 +118,9 @@ def test_the_ways_that_the_benchmark_compares_give_the_same_log_probs(tmp_path: 
 
     model: Any = AutoModelForCausalLM.from_pretrained(write_llama(tmp_path / "model"), dtype=torch.float32)
     rows, chosen = pair_rows(many(6)), (4, 1, 3, 5)
-    wanted = packing.padded(model, rows, chosen)
-    for way in (packing.packed, packing.shared):
-        torch.testing.assert_close(way(model, rows, chosen), wanted, atol=1e-4, rtol=0)
+    wanted = packing.response_logprobs("padded", model, rows, chosen)
+    for way in ("packed", "shared"):
+        torch.testing.assert_close(packing.response_logprobs(way, model, rows, chosen), wanted, atol=1e-4, rtol=0)
 
 
 def test_a_model_that_heeds_no_mask_is_refused(tmp_path: Path) -> None:

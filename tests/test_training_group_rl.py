@@ -220,6 +220,23 @@ def test_a_value_head_learns_the_same_at_every_zero_stage_and_is_no_part_of_what
         assert found == pytest.approx([step.metrics[metric] for step in plain.steps], abs=1e-5)
 
 
+def test_values_of_packed_sequences_are_those_of_each_by_itself(loop: Loop, pair: TrainingGroup, toy: Toy) -> None:
+    toy.reset()
+    table, config = toy.sample(seed=4), ppo.Config(**VALUES)
+
+    async def call(packing: bool) -> tuple[UpdateReport, dict[str, torch.Tensor]]:
+        told = settings(2, value_head=True).model_copy(update={"packing": packing})
+        await pair.reopen(config=told, source=toy.source)
+        report = await update(pair, table, loss="ppo", config=config, epochs=2)
+        return report, await toy.take(pair)
+
+    (plain, wanted), (report, weights) = loop.run(call(False)), loop.run(call(True))
+    assert max(float((weights[name] - wanted[name]).abs().max()) for name in weights) <= 1e-5
+    assert plain.steps[-1].metrics["value"] != 0.0
+    for step, other in zip(report.steps, plain.steps, strict=True):
+        assert step.metrics["value"] == pytest.approx(other.metrics["value"], abs=1e-4)
+
+
 def test_a_value_head_is_in_the_checkpoint_and_not_in_the_export(
     loop: Loop, pair: TrainingGroup, toy: Toy, tmp_path: Path
 ) -> None:

@@ -36,6 +36,9 @@ class TrainingConfig(Config):
     """cpu: optimizer state, and under zero_stage 3 the weights too, lie in the host's memory and are trained there."""
     shared_prompts: bool = False
     """Compute the prompt of a preference pair once for both responses; the model must take masks of ours (checked)."""
+    packing: bool = False
+    """Put short sequences of a micro-batch behind one another in rows as long as its longest; the model must tell them
+    apart by their positions (checked). Of log-probs: reward models and losses of labels compute padded rows."""
     gradient_checkpointing: bool = False
     """Keep of each block only its input, and compute the rest again for the backward pass: less memory, more time."""
     value_head: bool = False
@@ -90,6 +93,8 @@ class TrainingConfig(Config):
             raise ValueError('dtype: got "bf16" with zero_stage = 0, which keeps no fp32 weights; set zero_stage = 1')
         if self.optimizer == "muon" and self.zero_stage != 0:
             raise ValueError(f'optimizer: got "muon" with zero_stage = {self.zero_stage}, wanted 0; or use "adamw"')
+        if self.packing and self.shared_prompts:
+            raise ValueError("packing: got true with shared_prompts = true, wanted one of the two: both arrange rows")
         if self.lora is not None and self.panacea is not None:
             raise ValueError("panacea: got it with lora, wanted one of the two: both take the weights' place")
         if self.panacea is not None and self.value_head:

@@ -17,7 +17,7 @@ from trainers.batches import MicroBatch, Padded, Rows, SampleRows, TokenRows, Tr
 from trainers.batches import micro_batches as cut_into_micro_batches
 from trainers.label_rows import LabelRows, target_logits
 from trainers.logprobs import sequence_logprobs, token_logprobs
-from trainers.ranks import shared_prompts
+from trainers.ranks import packed_rows, shared_prompts
 from trainers.ranks.collectives import on_all
 from trainers.ranks.first_weights import FirstWeights
 from trainers.ranks.kl_probe import distributions as distributions_of
@@ -97,6 +97,16 @@ class Passes:
                 self._computing, padded, pairs, temperature=temperature, device=self._model.device
             )
             return Forward(logprobs=logprobs, mask=mask, padded=pairs.counted(padded), values=None)
+        if self._model.config.packing:
+            packed = packed_rows.packed(padded)
+            ids, positions = (part.to(self._model.device) for part in (packed.token_ids, packed.positions))
+            by_place, values = self._token_logprobs(ids, temperature, position_ids=positions)
+            return Forward(
+                logprobs=packed.back(by_place, mask),
+                mask=mask,
+                padded=packed.counted(padded),
+                values=None if values is None else packed.back(values, mask),
+            )
         if len(padded.passes) == 1:
             logprobs, values = self._token_logprobs(token_ids, temperature)
             return Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
@@ -111,12 +121,14 @@ class Passes:
         # Only pairs and groups are computed in two passes, and they have no values.
         return Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded, values=None)
 
-    def _token_logprobs(self, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
-        """Return [S, T] log-probs, and values where the policy has a value head."""
+    def _token_logprobs(
+        self, token_ids: Tensor, temperature: float, **positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return [S, T] log-probs, and values where the policy has a value head; `position_ids` of packed rows."""
         if not self._model.config.value_head:
-            logits = self._computing(input_ids=token_ids, use_cache=False).logits
+            logits = self._computing(input_ids=token_ids, use_cache=False, **positions).logits
             return token_logprobs(logits, token_ids, temperature=temperature), None
-        found = self._computing(input_ids=token_ids, use_cache=False, output_hidden_states=True)
+        found = self._computing(input_ids=token_ids, use_cache=False, output_hidden_states=True, **positions)
         return token_logprobs(found.logits, token_ids, temperature=temperature), aligned_values(found["token_values"])
 
     def distributions(self, rows: TokenRows, temperature: float) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainers.batches import Rows
-from trainers.ranks import shared_prompts
+from trainers.ranks import packed_rows, shared_prompts
 from trainers.ranks.adapters import adapter_in
 from trainers.ranks.collectives import on_all
 from trainers.ranks.deepspeed_engine import build_engine, whole_parameter
@@ -56,6 +56,8 @@ class RankModel:
             add_value_head(model)
         if config.shared_prompts:
             shared_prompts.check(model.to(self.device), name=self.source.path, device=self.device)
+        if config.packing:
+            packed_rows.check(model.to(self.device), name=self.source.path, device=self.device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.engine = build_engine(model.to(self.device), config=config, num_ranks=self.num_ranks, universal=universal)

@@ -19,14 +19,10 @@ from torch import Tensor
 
 from trainers.batches import Padded, Pass
 from trainers.logprobs import token_logprobs
+from trainers.ranks.made_up_rows import refuse_gap
 
 Model = Callable[..., Any]
 """What gives logits, as a Hugging Face model does."""
-
-MAX_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Nats by which a token's log-prob may differ between the two ways: rounding; a mask that is not heeded gives far more
-with any but constant weights."""
-
 
 FULL_ATTENTION = "full_attention"
 """What a config's `layer_types` calls a layer in which a token sees all before it."""
@@ -112,26 +108,20 @@ def check(model: Any, *, name: str, device: torch.device) -> None:
             another probability.
     """
     _refuse_windows(model.config.get_text_config(decoder=True), name=name)
-    num_tokens = model.get_input_embeddings().weight.shape[0]
-    prompt, chosen, rejected = (
-        [(7 * i + 3) % num_tokens for i in part] for part in (range(5), range(5, 9), range(9, 12))
+
+    def together(model: Model, padded: Padded) -> Tensor:
+        return logprobs(model, padded, joined(padded), temperature=1.0, device=device)
+
+    refuse_gap(
+        model,
+        together,
+        sequences=((*range(5), *range(5, 9)), (*range(5), *range(9, 12))),
+        num_prompt_tokens=5,
+        device=device,
+        setting="shared_prompts",
+        name=name,
+        what="responses that share a prompt",
     )
-    ids = torch.tensor([prompt + chosen, [*prompt, *rejected, 0]])
-    shown = torch.tensor([[False] * 5 + [True] * 4, [False] * 5 + [True] * 3 + [False]])
-    padded = Padded(token_ids=ids, mask=shown, num_real_tokens=17, passes=())
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        alone = token_logprobs(model(input_ids=ids.to(device), use_cache=False).logits, ids.to(device))
-        together = logprobs(model, padded, joined(padded), temperature=1.0, device=device)
-    model.train(training)
-    gap = float((alone - together)[shown.to(device)].abs().max())
-    most = MAX_GAP.get(next(model.parameters()).dtype, MAX_GAP[torch.float32])
-    if not gap <= most:
-        raise ValueError(
-            f"shared_prompts: got true with {name}, which gives responses that share a prompt other log-probs, by "
-            f"{gap:.3g} nats, wanted at most {most:g}: it does not take positions or masks of ours; set it to false"
-        )
 
 
 def _refuse_windows(config: Any, *, name: str) -> None:
