@@ -176,6 +176,36 @@ def test_a_checkpoint_holds_the_adapter_alone_and_training_goes_on_bit_by_bit(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_an_adapter_goes_on_with_another_number_of_ranks(
+    loop: Loop, pair: TrainingGroup, base: ModelSource, tmp_path: Path, stage: Literal[0, 1, 2, 3]
+) -> None:
+    single = TrainingGroup(config=settings(num_ranks=1), source=base, name="lora-single")
+
+    async def call(before: TrainingGroup, after: TrainingGroup) -> None:
+        path = tmp_path / before.name
+        await before.reopen(config=settings(num_ranks=before.config.num_ranks, zero_stage=stage), source=base)
+        await update(before, num_steps=2)
+        files = await before.save(path)
+        await update(before, start=2, num_steps=1)
+        straight = await adapter(before)
+        await after.reopen(config=settings(num_ranks=after.config.num_ranks, zero_stage=stage), source=base)
+        await after.load(path, files=files)
+        report = await update(after, start=2, num_steps=1)
+        assert report.steps[0].optimizer_step == 2
+        assert difference(straight, await adapter(after)) <= 1e-5
+
+    async def both_ways() -> None:
+        await single.start()
+        try:
+            await call(pair, single)
+            await call(single, pair)
+        finally:
+            await single.shutdown()
+
+    loop.run(both_ways())
+
+
 def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(
     loop: Loop, pair: TrainingGroup, base: ModelSource, tmp_path: Path
 ) -> None:

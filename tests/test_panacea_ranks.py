@@ -152,6 +152,27 @@ def test_a_checkpoint_holds_the_layers_alone_and_training_goes_on_bit_by_bit(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_training_goes_on_with_another_number_of_ranks(
+    loop: Loop, pair: TrainingGroup, base: ModelSource, reference: Tensors, tmp_path: Path
+) -> None:
+    async def call() -> Tensors:
+        await pair.reopen(config=settings(zero_stage=2), source=base)
+        await pair.set_preference(FIRST)
+        await update(pair, num_steps=2)
+        files = await pair.save(tmp_path / "checkpoint")
+        single = TrainingGroup(config=settings(num_ranks=1, zero_stage=2), source=base, name="panacea-single")
+        await single.start()
+        try:
+            await single.load(tmp_path / "checkpoint", files=files)
+            await single.set_preference(SECOND)
+            await update(single, start=2, num_steps=2)
+            return await adapter(single)
+        finally:
+            await single.shutdown()
+
+    assert difference(loop.run(call()), reference) <= 1e-5
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_export_is_the_base_with_one_vectors_update_and_keeps_what_makes_the_others(
     loop: Loop, pair: TrainingGroup, base: ModelSource, tmp_path: Path, stage: Literal[0, 3]

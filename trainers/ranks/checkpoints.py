@@ -87,7 +87,7 @@ class Checkpoints:
         there = {key: saved.get(key) for key in here}
         # An adapter's checkpoint leaves out its base, which is that of the topology.
         whole = self._model.adapter is None
-        resized = whole and there != here and {**there, "num_ranks": self._model.num_ranks} == here
+        resized = there != here and {**there, "num_ranks": self._model.num_ranks} == here
         if there != here and not resized:
             raise CorruptCheckpoint(
                 f"{source}: saved with {there}, wanted {here}; "

@@ -626,7 +626,7 @@ class DeepSpeedRank:
 
         Raises:
             CorruptCheckpoint: a file is missing, changed or one too many, or it was saved with other settings; another
-                number of ranks is no hindrance, but for an adapter.
+                number of ranks is no hindrance.
         """
         saved = self._checkpoints.load(path, files=files)
         self._num_steps, self._num_bad_steps = saved["num_steps"], saved["num_bad_steps"]
