@@ -17,13 +17,13 @@ from pathlib import Path
 from benchmarks.figure import Figure
 from benchmarks.instant_loop import run_loop
 from trainers.progress import Silent
-from trainers.run_config import RunConfig
+from trainers.run_config import load_run_config
 from trainers.summary import IterationMetrics
 
 
 async def measure(*, quick: bool) -> list[Figure]:
     """Return the figure; Ray runs."""
-    config = RunConfig()
+    config = load_run_config([], flags=[("loss.kind", "dpo")])
     num_queries = 8 if quick else config.loop.queries_per_iteration
     clock = IterationClock()
     with tempfile.TemporaryDirectory(prefix="elenchus-bench-") as folder:

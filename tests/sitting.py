@@ -48,6 +48,10 @@ num_samples = {NUM_SAMPLES}
 [preferences]
 margin = 0.0
 
+[loss]
+kind = "dpo"
+nll_weight = 10.0
+
 [learner.training]
 batch_size = 2
 

@@ -44,7 +44,7 @@ VALID = "".join(
     for doc in describe(RunConfig, defaults=DEFAULTS)
     # A loss has one kind at a time, TOML has no null, and a section that is absent by default is not for every run.
     if doc.default != "null"
-    and (doc.meaning.startswith("(dpo)") or not doc.meaning.startswith("("))
+    and (doc.meaning.startswith(f"({DEFAULTS['loss']['kind']})") or not doc.meaning.startswith("("))
     and not doc.key.startswith(ABSENT)
 )
 """A config with every key at its default."""

@@ -518,7 +518,7 @@ def test_a_run_without_a_mix_is_the_run_that_it_was(blank: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('preferences.mix = {}\noversight.calibration = 0.5\n',
+        ('preferences.mix = {}\noversight.calibration = 0.5\nloss.kind = "dpo"\n',
          'a.toml:1: preferences.mix.noise: got "estimated" with loss.kind = "dpo", wanted "none", or one of cdpo, '
          "rdpo, which read it"),
         ('preferences.mix = {}\n[loss]\nkind = "cdpo"\n',
@@ -535,13 +535,13 @@ def test_a_run_without_a_mix_is_the_run_that_it_was(blank: Path, tmp_path: Path)
         ('[loss]\nkind = "span_noise"\n[oversight]\nkind = "shuffled"\n',
          'a.toml:2: loss.kind: got "span_noise" with oversight.kind = "shuffled", wanted one that reads no spans: the '
          "control would learn from what the critic wrote"),
-        ('[preferences.mix]\nnoise = "none"\n[learner.training]\nbatch_size = 1\nnum_ranks = 1\n',
+        ('[preferences.mix]\nnoise = "none"\n[learner.training]\nbatch_size = 1\nnum_ranks = 1\n[loss]\nkind = "dpo"\n',
          "a.toml:1: preferences.mix.expert_share: got 0.1 with learner.training.batch_size = 1, wanted a batch of 2 or "
          "more: a step of one pair has no share to keep"),
         ('[oversight]\nkind = "single"\ncalibration = 0.5\n',
          'a.toml:3: oversight.calibration: got 0.5 with oversight.kind = "single", wanted 0: only escalation and '
          "shuffled draw answers for it"),
-        ('[preferences.mix]\nexpert_share = 0.6\nnoise = "none"\n',
+        ('[preferences.mix]\nexpert_share = 0.6\nnoise = "none"\n[loss]\nkind = "dpo"\n',
          "a.toml:2: preferences.mix.expert_share: got 0.6, wanted at most 0.5"),
     ],
 )  # fmt: skip

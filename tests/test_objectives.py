@@ -309,7 +309,7 @@ def test_a_run_with_objectives_stores_each_pairs_margins(blank: Path, tmp_path: 
         ('[loss]\nkind = "modpo"\n[objectives]\nnames = ["brevity", "verdict"]\nweights = [0.5, 0.5]\n',
          'a.toml:4: objectives.names: got "brevity" first with loss.kind = "modpo", wanted "verdict": its pairs are '
          "preferences by that"),
-        ("[objectives]\n",
+        ('[objectives]\n[loss]\nkind = "dpo"\n',
          'a.toml:1: objectives: got the section with loss.kind = "dpo", wanted modpo or a loss that learns from '
          "scores, such as grpo: others know of one objective alone"),
         ('[loss]\nkind = "grpo"\n[objectives]\nnames = ["verdict", "steps"]\n[oversight]\nkind = "shuffled"\n',

@@ -464,6 +464,7 @@ def test_an_iterations_work_is_what_the_config_multiplies_to(tmp_path: Path) -> 
         "rollouts.sampling.max_tokens=7",
         "critic.judging.num_critiques=2",
         "critic.judging.max_tokens=11",
+        "loss.kind=dpo",
         "preferences.max_pairs_per_query=3",
         "loop.epochs=2",
         "oversight.budget=0.07",
@@ -494,6 +495,7 @@ def test_mended_answers_are_work_too(kind: str, most: int, tokens: int, rows: in
         "rollouts.sampling.max_tokens=7",
         "critic.judging.num_critiques=2",
         "critic.judging.max_tokens=11",
+        "loss.kind=dpo",
         f"preferences.max_pairs_per_query={most}",
         "loop.epochs=2",
     )
@@ -547,8 +549,8 @@ def test_the_files_are_those_of_a_run_with_their_sizes(tmp_path: Path) -> None:
 
 
 def test_what_is_not_at_its_default_is_listed() -> None:
-    config = load_run_config([], flags=[("critic.replicas", "6"), ("loss.beta", "0.2"), ("name", "x")])
-    assert changed_keys(config) == {"critic.replicas": "6", "loss.beta": "0.2", "name": '"x"'}
+    config = load_run_config([], flags=[("critic.replicas", "6"), ("loss.kl_coefficient", "0.2"), ("name", "x")])
+    assert changed_keys(config) == {"critic.replicas": "6", "loss.kl_coefficient": "0.2", "name": '"x"'}
     assert changed_keys(RunConfig()) == {}
 
 

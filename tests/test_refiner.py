@@ -76,6 +76,7 @@ from trainers.summary import IterationMetrics, read_metrics
 
 DCR = RefinementConfig(kind="detect_critique_refine")
 CLAIMS = RefinementConfig(kind="claim_revision")
+MENDING = (("refinement.kind", "claim_revision"), ("loss.kind", "dpo"))
 MENDED = ("refinements", "refinement_critiques", "refinement_verdicts")
 
 
@@ -726,14 +727,14 @@ def test_pairs_that_nobody_sampled_are_left_alone_by_the_correction_of_others() 
     [
         ('[refinement]\nkind = "claim_revision"\n[loss]\nkind = "sft"\n',
          'a.toml:2: refinement.kind: got "claim_revision" with loss.kind = "sft", wanted a loss of pairs, such as dpo'),
-        ('[refinement]\nkind = "detect_critique_refine"\n[oversight]\nkind = "shuffled"\n',
+        ('[refinement]\nkind = "detect_critique_refine"\n[oversight]\nkind = "shuffled"\n[loss]\nkind = "dpo"\n',
          'a.toml:2: refinement.kind: got "detect_critique_refine" with oversight.kind = "shuffled", wanted escalation '
          "or single: the fixes are the critic's, so that the control would learn from what the critic wrote"),
         ('[refinement]\nkind = "claim_revision"\n[objectives]\nweights = [0.5, 0.5]\n[loss]\nkind = "modpo"\n'
          "weights = [0.5, 0.5]\n",
          'a.toml:2: refinement.kind: got "claim_revision" with a section [objectives], wanted one of the two: the '
          "objectives score the learner's answers, not mended ones"),
-        ('[refinement]\nkind = "claim_revision"\nmax_share = 0\n',
+        ('[refinement]\nkind = "claim_revision"\nmax_share = 0\n[loss]\nkind = "dpo"\n',
          "a.toml:3: refinement.max_share: got 0, wanted more than 0"),
         ('[refinement]\nmax_share = 0.5\n', "a.toml:1: refinement.kind: got nothing, wanted a value: it has no "
          "default"),
@@ -745,16 +746,16 @@ def test_settings_that_do_not_go_together_are_refused(text: str, message: str, t
 
 @pytest.mark.parametrize("oversight", ["experts_only", "majority"])
 def test_no_control_learns_from_fixes(oversight: str, tmp_path: Path) -> None:
-    text = f'[refinement]\nkind = "claim_revision"\n[oversight]\nkind = "{oversight}"\n'
+    text = f'[refinement]\nkind = "claim_revision"\n[oversight]\nkind = "{oversight}"\n[loss]\nkind = "dpo"\n'
     (message,) = problems_of(text, tmp_path)
     assert f'oversight.kind = "{oversight}"' in message
 
 
 def test_refinement_is_off_unless_asked_for_by_a_flag() -> None:
     assert load_run_config([]).refinement is None
-    assert load_run_config([], flags=[("refinement.kind", "claim_revision")]).refinement == CLAIMS
+    assert load_run_config([], flags=MENDING).refinement == CLAIMS
 
 
 def test_a_run_that_mends_begins_with_the_base_model_of_one_that_does_not() -> None:
-    plain, mending = load_run_config([]), load_run_config([], flags=[("refinement.kind", "claim_revision")])
+    plain, mending = load_run_config([]), load_run_config([], flags=MENDING)
     assert cached_base_model(mending) == cached_base_model(plain)

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 else:
     Domain = plugin_config("actors.domains", default="arithmetic")
     Attack = plugin_config("actors.attacks", default="quality_diversity")
-    Loss = plugin_config("trainers.losses", default="dpo")
+    Loss = plugin_config("trainers.losses", default="rloo")
 
 BOOTSTRAP = "bootstrap"
 """In place of a model directory: the base model that the run trains from scratch, or finds in its cache."""
@@ -175,7 +175,7 @@ class RunConfig(Config):
     """Which labels are left out as probably wrong."""
     objectives: ObjectivesConfig | None = None
     """What responses are scored by besides the verdict; without the section by that alone."""
-    loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 10.0})
+    loss: Loss = plugin_settings("trainers.losses", "rloo")
     """What the learner is trained on: `kind` names a file of trainers/losses."""
     reward: RewardConfig = RewardConfig()
     """What responses are scored by, where the loss learns from scores: verdicts, or a reward model of one's own."""
