@@ -54,6 +54,7 @@ nll_weight = 10.0
 
 [learner.training]
 batch_size = 2
+learning_rate = 3e-5
 
 [loop]
 iterations = {NUM_ITERATIONS}

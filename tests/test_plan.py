@@ -549,8 +549,8 @@ def test_the_files_are_those_of_a_run_with_their_sizes(tmp_path: Path) -> None:
 
 
 def test_what_is_not_at_its_default_is_listed() -> None:
-    config = load_run_config([], flags=[("critic.replicas", "6"), ("loss.kl_coefficient", "0.2"), ("name", "x")])
-    assert changed_keys(config) == {"critic.replicas": "6", "loss.kl_coefficient": "0.2", "name": '"x"'}
+    config = load_run_config([], flags=[("critic.replicas", "6"), ("loss.q", "0.2"), ("name", "x")])
+    assert changed_keys(config) == {"critic.replicas": "6", "loss.q": "0.2", "name": '"x"'}
     assert changed_keys(RunConfig()) == {}
 
 

@@ -403,7 +403,7 @@ def test_keys_reach_neither_the_runs_files_nor_what_trackers_are_told(
         monkeypatch.setenv(variable, secret)
     config = load_run_config([], flags=[("ray.token_path", "/home/somebody/token"), ("runs_dir", str(tmp_path))])
     settings = told_settings(config.model_dump(mode="json"))
-    assert settings["loss.clip_low"] == RunConfig().loss.model_dump()["clip_low"]
+    assert settings["loss.q"] == RunConfig().loss.model_dump()["q"]
     assert not [key for key in settings if key.startswith(("ray.", "tracking.", "runs_dir"))]
     run = TrackedRun(name="demo", identity="0a", run_dir=tmp_path, project="elenchus", settings=settings)
     with Trackers(config.tracking, run, note=unheard) as trackers:

@@ -2,10 +2,11 @@
 
     seeds ──► attacker ──queries──► learner ──responses──► critic ──verdicts──► experts (the least trusted)
                  ▲                     ▲                                            │
-                 └──── outcomes ───────┼── weights vN ── learner group ◄── pairs ───┘
+                 └──── outcomes ───────┼── weights vN ── learner group ◄── batch ───┘
 
 Queries, responses and critiques stream: a response goes to the critic when it is finished, not when all are. An
-iteration has two halves: `_prepare` ends with its pairs, `_learn` with its commit. With `loop.max_policy_age` the next
+iteration has two halves: `_prepare` ends with its training batch (accepted answers, pairs, or scored ones, by what
+the loss takes), `_learn` with its commit. With `loop.max_policy_age` the next
 iterations are prepared while one is learnt. Every record is in the journal before it is used, so a run that was killed
 anywhere goes on from what it had. The driver knows neither vLLM nor DeepSpeed nor how a run was put together
 (`trainers.session` does that).
