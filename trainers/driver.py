@@ -6,10 +6,9 @@
 
 Queries, responses and critiques stream: a response goes to the critic when it is finished, not when all are. An
 iteration has two halves: `_prepare` ends with its training batch (accepted answers, pairs, or scored ones, by what
-the loss takes), `_learn` with its commit. With `loop.max_policy_age` the next
-iterations are prepared while one is learnt. Every record is in the journal before it is used, so a run that was killed
-anywhere goes on from what it had. The driver knows neither vLLM nor DeepSpeed nor how a run was put together
-(`trainers.session` does that).
+the loss takes), `_learn` with its commit. With `loop.max_policy_age` the next iterations are prepared while one is
+learnt. Every record is in the journal before it is used, so a run that was killed anywhere goes on from what it had.
+The driver knows neither vLLM nor DeepSpeed nor how a run was put together (`trainers.session` does that).
 """
 
 from __future__ import annotations
