@@ -34,6 +34,7 @@ from tests.fake_pool import spoken
 from tests.fake_roles import FakeCritic, FakeLearnerGroup, write_answer_with_skill, write_query
 from trainers.driver import Driver, DriverConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
+from trainers.feedback.batch_builder import BatchConfig
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
 from trainers.loop_state import STAGES
@@ -120,15 +121,17 @@ async def run_loop(
                         "max_policy_age": max_policy_age,
                     }
                 ),
-                preferences=config.preferences,
+                batch=BatchConfig(
+                    loss=config.loss.kind,
+                    loss_config=config.loss,
+                    preferences=config.preferences,
+                    tokens_spanning=lambda token_ids, num_chars: min(num_chars, len(token_ids)),
+                ),
                 evaluation=evaluation,
                 evaluation_sets=evaluation_sets(domain, evaluation),
                 probe_sequences=PROBE,
                 experts=ExpertBudget(fraction=config.oversight.budget),
-                loss=config.loss.kind,
-                loss_config=config.loss,
                 batch_size=config.learner.training.batch_size,
-                tokens_spanning=lambda token_ids, num_chars: min(num_chars, len(token_ids)),
             ),
             progress=progress,
             stop=StopSignal(),

@@ -53,6 +53,7 @@ from cluster.weights import ParityProbe, WeightAnswer, WeightManifest, parity
 from tests.fake_pool import spoken
 from trainers.driver import Driver, DriverConfig, LoopConfig, Roles
 from trainers.evaluation import EvaluationConfig, evaluation_sets
+from trainers.feedback.batch_builder import BatchConfig
 from trainers.feedback.objectives import ObjectivesConfig
 from trainers.feedback.preferences import PreferenceConfig
 from trainers.feedback.refinement import Refining
@@ -714,20 +715,22 @@ def _driver_config(settings: Settings) -> DriverConfig:
             epochs=settings.epochs,
             kl_budget=settings.kl_budget,
         ),
-        preferences=settings.preferences,
-        selection=settings.selection,
-        objectives=settings.objectives,
-        trade_offs=(
-            TradeOffs(fixed=settings.objectives.weights, seed=3)
-            if settings.trade_offs and settings.objectives is not None
-            else TradeOffs()
+        batch=BatchConfig(
+            loss=(loss := settings.loss if settings.reward is None else "grpo"),
+            loss_config=load_loss(loss).Config(),
+            preferences=settings.preferences,
+            selection=settings.selection,
+            objectives=settings.objectives,
+            trade_offs=(
+                TradeOffs(fixed=settings.objectives.weights, seed=3)
+                if settings.trade_offs and settings.objectives is not None
+                else TradeOffs()
+            ),
+            tokens_spanning=lambda ids, num_chars: min(num_chars, len(ids)),
         ),
         evaluation=evaluation,
         evaluation_sets=evaluation_sets(DOMAIN, evaluation),
         probe_sequences=PROBE_SEQUENCES,
         experts=ExpertBudget(fraction=settings.budget),
-        loss=(loss := settings.loss if settings.reward is None else "grpo"),
-        loss_config=load_loss(loss).Config(),
         batch_size=settings.batch_size,
-        tokens_spanning=lambda ids, num_chars: min(num_chars, len(ids)),
     )

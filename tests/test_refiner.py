@@ -657,9 +657,9 @@ def test_answers_that_are_too_old_are_not_mended(blank: Path, tmp_path: Path) ->
         assert sum(row.sample_ages.values()) == 2 * row.pairs_trained - counts["refined"]
     shutil.copytree(blank, tmp_path / RUN)
     held = fake_run(tmp_path / RUN, settings)
-    assert held.driver._roles.refining is not None
-    roles = replace(held.driver._roles, refining=replace(held.driver._roles.refining, max_age=0))
-    held.driver._roles = roles
+    batches = held.driver._batches
+    assert batches.refining is not None
+    held.driver._batches = replace(batches, refining=replace(batches.refining, max_age=0))
     held.finish()
     for iteration in (1, 2, 3):
         verdicts = records(held, "verdicts", iteration=iteration)

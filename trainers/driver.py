@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,6 @@ from actors.records import (
     lineage_id,
 )
 from actors.rollout import Rollout
-from cluster.config import Config
 from cluster.durable_files import FileDigest, digest_directory
 from cluster.pool import Pool
 from cluster.store import RunStore
@@ -59,26 +58,12 @@ from trainers.evaluation import (
     cell_counts,
     live_sample,
 )
+from trainers.feedback.batch_builder import BatchBuilder, BatchConfig
 from trainers.feedback.mixed_feedback import error_rates, failure_share, tally
-from trainers.feedback.objectives import ObjectivesConfig, Scores, rescored, scalar_scores, score_all
-from trainers.feedback.pair_feedback import PairFeedback
-from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_model import RewardModel
-from trainers.feedback.segments import SegmentSettings
-from trainers.feedback.selection import SelectionConfig, Trusted, agreeing, select_responses
-from trainers.feedback.trade_offs import Preference, TradeOffs, version_at
-from trainers.feedback.training_data import (
-    TrainingData,
-    learns_from_equals,
-    left_out,
-    material_of,
-    of_accepted,
-    of_groups,
-    of_pairs,
-    of_samples,
-    reads_spans,
-)
+from trainers.feedback.trade_offs import Preference, version_at
+from trainers.feedback.training_data import TrainingData
 from trainers.gpu_turns import GpuTurns
 from trainers.importance import ImportanceConfig
 from trainers.journal import Journal
@@ -97,29 +82,19 @@ class DriverConfig:
     """The sections of a run's config that the loop itself reads."""
 
     loop: LoopConfig
-    preferences: PreferenceConfig
+    batch: BatchConfig
     evaluation: EvaluationConfig
     evaluation_sets: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]]
     """(query, cell) of the sealed, probe and out-of-distribution sets."""
     probe_sequences: tuple[tuple[int, ...], ...]
     """Token ids whose log-probs every replica must give as the learner does."""
     experts: ExpertBudget
-    loss: str
-    loss_config: Config
     batch_size: int
     """Rows of an update's data per optimizer step."""
-    tokens_spanning: Callable[[Sequence[int], int], int]
-    """How many of the learner's tokens it takes to spell so many characters (actors.chat.num_tokens_spanning)."""
     importance: ImportanceConfig | None = None
     """How samples of older weights are corrected for; None where their log-probs can't be compared."""
     reference_weights: ReferenceWeights = "start_of_update"
     """Weights that the loss compares the learner with."""
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    """Which labels are left out as probably wrong."""
-    objectives: ObjectivesConfig | None = None
-    """What responses are scored by besides the verdict; None: by that alone."""
-    trade_offs: TradeOffs = field(default_factory=TradeOffs)
-    """Of a learner that is trained for all of them: which one holds when."""
 
 
 class Stopped(Exception):
@@ -221,16 +196,19 @@ class Driver:
         self._domain = domain
         self._gold = gold
         self._config = config
-        material = material_of(config.loss)
-        assert material is not None, "the config's own check"
-        self._material = material
-        self._pair_feedback = PairFeedback(
-            mix=config.preferences.mix, selection=config.selection, objectives=config.objectives
-        )
         self._progress = progress
         self._stop = stop
         self._journal = Journal(store)
         self._logged_before: dict[int, Mapping[str, pa.Table]] = {}
+        self._batches = BatchBuilder(
+            config=config.batch,
+            run=run,
+            max_age=config.loop.max_policy_age,
+            journal=self._journal,
+            logged=self._before,
+            reward_model=roles.reward_model,
+            refining=roles.refining,
+        )
         self._tokens_before: dict[str, int] = {}
         self._last_row = 0.0
         commit = store.last_commit()
@@ -301,18 +279,19 @@ class Driver:
     async def _prepare(self, iteration: int) -> Prepared:
         """Attack, respond, critique, judge, pair: with the weights that the rollout pool holds meanwhile."""
         clock = StageClock()
-        if (drawn := self._config.trade_offs.drawn(iteration)) is not None:
+        if (drawn := self._config.batch.trade_offs.drawn(iteration)) is not None:
             await self._publish(iteration - 1, clock, drawn=drawn)
         rollouts = await self._attack_respond_critique(iteration, clock)
         judged = rollouts.judged()
         verdicts = await self._judge(iteration, judged, clock)
         self._head.checked.update(tally(judged, verdicts))
-        trusted = agreeing(judged, verdicts, min_agreement=self._config.selection.min_agreement)
-        if (refining := self._roles.refining) is not None:
+        trusted = self._batches.trusted(judged, verdicts)
+        if (refining := self._batches.refining) is not None:
             with clock.stage("refine"):
                 await refining.refine(rollouts, trusted.verdicts, journal=self._journal, stop=self._check_stop)
-        data = await self._training_data(rollouts, trusted)
-        pairs = await self._pairs_to_score_by(rollouts, trusted)
+        data = await self._batches.build(rollouts, trusted, state=self._head)
+        pairs = await self._batches.pairs_to_score_by(rollouts, trusted, state=self._head)
+        self._check_stop()
         outcomes = self._steer(rollouts, judged)
         self._account(iteration, judged, verdicts)
         return Prepared(
@@ -399,126 +378,26 @@ class Driver:
             await self._journal.add("verdicts", verdicts, iteration=iteration)
         return verdicts
 
-    async def _training_data(self, rollouts: Rollouts, trusted: Trusted) -> TrainingData:
-        """Return what the loss is to be given: preference pairs, or the judged responses themselves."""
-        scores = self._score(trusted)
-        if self._material == "pairs":
-            data = of_pairs(await self._pair(rollouts.iteration, rollouts, trusted.verdicts, scores), rollouts.place)
-        elif self._material == "samples":
-            data = self._of_samples(trusted.judged, trusted.verdicts, iteration=rollouts.iteration)
-        elif self._material == "groups":
-            data = of_groups(
-                trusted.judged,
-                trusted.verdicts,
-                version=rollouts.iteration - 1,
-                max_age=self._config.loop.max_policy_age,
-                equals=learns_from_equals(self._config.loss),
-            )
-        else:
-            data = of_accepted(
-                trusted.judged,
-                trusted.verdicts,
-                version=rollouts.iteration - 1,
-                max_age=self._config.loop.max_policy_age,
-                spans=self._config.tokens_spanning if reads_spans(self._config.loss) else None,
-            )
-        if self._material == "accepted":
-            data = select_responses(data, rollouts.responses, self._config.selection, iteration=rollouts.iteration)
-        elif self._material == "samples" and self._config.objectives is not None:
-            objectives = self._config.trade_offs.weighed(self._config.objectives, rollouts.iteration)
-            data = rescored(data, scalar_scores(scores, self._head.scores, objectives))
-        return replace(data, dropped={**data.dropped, **trusted.dropped})
-
-    def _of_samples(
-        self,
-        judged: Sequence[Judged],
-        verdicts: Sequence[Verdict],
-        *,
-        iteration: int,
-        scores: Mapping[str, float] | None = None,
-    ) -> TrainingData:
-        settings = self._config.loss_config
-        return of_samples(
-            judged,
-            verdicts,
-            version=iteration - 1,
-            max_age=self._config.loop.max_policy_age,
-            spans=self._config.tokens_spanning,
-            segments=settings if isinstance(settings, SegmentSettings) else None,
-            scores=scores,
-        )
-
-    def _score(self, trusted: Trusted) -> Scores:
-        """Return what the objectives make of the responses, and remember what they were like; empty without any."""
-        objectives = self._config.objectives
-        if objectives is None:
-            return {}
-        scores = score_all(trusted.judged, trusted.verdicts, objectives)
-        self._head.scores.add(scores, objectives.names)
-        return scores
-
-    async def _pair(self, iteration: int, rollouts: Rollouts, verdicts: Sequence[Verdict], scores: Scores) -> Pairs:
-        """Return the preference pairs of the verdicts, stored before they are trained on."""
-        built = build_pairs(
-            list(rollouts.queries.values()),
-            rollouts.responses,
-            verdicts,
-            config=self._config.preferences,
-            run=self._run,
-            tokens_spanning=self._config.tokens_spanning,
-            version=iteration - 1,
-            max_age=self._config.loop.max_policy_age,
-        )
-        refining, head = self._roles.refining, self._head
-        joined = None if refining is None else refining.joined(built, rollouts, verdicts)
-        if joined is not None:
-            built, verdicts = joined.pairs, joined.verdicts
-        pairs = self._pair_feedback.told(
-            built, verdicts, iteration=iteration, checked=head.checked, scores=scores, running=head.scores
-        )
-        told = pairs.pairs
-        if refining is not None:
-            pairs = refining.within_share(pairs, rollouts)
-        logged = self._before(iteration)
-        if "pairs" in logged:
-            pairs = replace(pairs, pairs=tuple(from_table(logged["pairs"], PreferencePair)))
-        else:
-            await self._journal.add("pairs", pairs.pairs, iteration=iteration)
-        if joined is not None:
-            rollouts.refinement = joined.fates(told, pairs.pairs)
-        self._check_stop()
-        return pairs
-
-    async def _pairs_to_score_by(self, rollouts: Rollouts, trusted: Trusted) -> Sequence[PreferencePair]:
-        """Return the pairs that the reward model learns from; none without one."""
-        if self._roles.reward_model is None:
-            return ()
-        return (await self._pair(rollouts.iteration, rollouts, trusted.verdicts, {})).pairs
-
     async def _rewarded(self, prepared: Prepared) -> Prepared:
         """Train the reward model on the iteration's pairs, and have its scores in the place of the verdicts'."""
-        model, iteration = self._roles.reward_model, prepared.iteration
+        model = self._roles.reward_model
         if model is None:
             return prepared
         with prepared.clock.stage("reward"):
-            found = await model.learn(prepared.judged, prepared.verdicts, prepared.pairs, iteration=iteration)
-            if "rewards" not in self._before(iteration):
-                await self._journal.add("rewards", found.rewards, iteration=iteration)
-        data = self._of_samples(prepared.judged, prepared.verdicts, iteration=iteration, scores=found.scores)
-        return replace(prepared, data=data, reward=found.figures)
+            data, figures = await self._batches.rewarded(
+                prepared.judged, prepared.verdicts, prepared.pairs, model=model, iteration=prepared.iteration
+            )
+        return replace(prepared, data=data, reward=figures)
 
     async def _update(self, prepared: Prepared) -> UpdateReport | None:
         """Train the learner on the iteration's data, an Arrow table; None when there is none."""
         data, iteration = prepared.data, prepared.iteration
-        if self._material != "pairs" and "left_out" not in self._before(iteration):
-            judged, verdicts, material = prepared.judged, prepared.verdicts, self._material
-            unused = left_out(judged, verdicts, data, material=material, run=self._run, iteration=iteration)
-            await self._journal.add("left_out", unused, iteration=iteration)
+        await self._batches.keep_left_out(prepared.judged, prepared.verdicts, data, iteration=iteration)
         if not data.row_ids:
             logger.warning("iteration %d: nothing to train on: all was dropped", prepared.iteration)
             return None
         with prepared.clock.stage("update"):
-            plan = self._pair_feedback.plan(
+            plan = self._batches.plan(
                 data,
                 batch_size=self._config.batch_size,
                 epochs=self._config.loop.epochs,
@@ -527,12 +406,12 @@ class Driver:
             done, whole = prepared.iteration - 1, self._config.loop.iterations
             plan = replace(plan, training=(done / whole, (done + 1) / whole))
             async with self._roles.turns.learner():
-                group, trade_offs = self._roles.learner_group, self._config.trade_offs
+                group, trade_offs = self._roles.learner_group, self._config.batch.trade_offs
                 await trade_offs.prefer(group, trade_offs.drawn(prepared.iteration))
                 report = await group.update(
                     data.table,
-                    loss=self._config.loss,
-                    loss_config=self._config.loss_config,
+                    loss=self._config.batch.loss,
+                    loss_config=self._config.batch.loss_config,
                     plan=plan,
                     importance=self._config.importance,
                     reference_weights=self._config.reference_weights,
@@ -571,7 +450,7 @@ class Driver:
             group = self._roles.learner_group
             sequences = self._config.probe_sequences
             async with self._roles.turns.learner():
-                await self._config.trade_offs.prefer(group, drawn)
+                await self._config.batch.trade_offs.prefer(group, drawn)
                 manifest = await group.publish(version=version_at(f"v{iteration}", drawn))
                 logprobs = await group.logprobs(sequences)
             probe = ParityProbe(token_ids=sequences, logprobs=logprobs, bound=self._config.loop.parity_bound)
@@ -618,7 +497,7 @@ class Driver:
             critic_agreement=agreement_of(live),
             experts_asked=sum(verdict.escalated for verdict in prepared.verdicts),
             num_verdicts=sum(verdict.label is not None for verdict in critic_alone),
-            material=self._material,
+            material=self._config.batch.material,
             pairs_trained=len(data.row_ids),
             pairs_dropped=dict(data.dropped),
             refinement=dict(rollouts.refinement),
@@ -635,13 +514,13 @@ class Driver:
                 **{f"reward_model_{name}": value for name, value in prepared.reward.items()},
             },
             feedback=self._feedback(prepared),
-            preference=self._config.trade_offs.drawn(iteration),
+            preference=self._config.batch.trade_offs.drawn(iteration),
         )
 
     def _feedback(self, prepared: Prepared) -> FeedbackMetrics | None:
         """Return what experts' labels of randomly drawn answers say; None where none was drawn."""
         shown = failure_share(prepared.judged, prepared.verdicts)
-        mix = self._config.preferences.mix
+        mix = self._config.batch.preferences.mix
         rates = None if mix is None else error_rates(prepared.state.checked, mix)
         sources = prepared.data.table.column("source") if "source" in prepared.data.table.column_names else None
         return FeedbackMetrics.of(
@@ -685,7 +564,7 @@ class Driver:
         iteration, group = state.iteration, self._roles.learner_group
         checkpoint, policy = self._store.checkpoint_dir(iteration), self._store.policy_dir(iteration)
         async with self._roles.turns.learner():
-            await self._config.trade_offs.prefer(group)
+            await self._config.batch.trade_offs.prefer(group)
             await group.save(checkpoint)
             await group.export(policy)
         rewards = self._store.checkpoint_dir(iteration, of="reward")

@@ -45,6 +45,7 @@ from trainers import loop_metrics, statistics
 from trainers.bootstrap import BootstrapResult, bootstrap
 from trainers.driver import Driver, DriverConfig, Roles, Stopped
 from trainers.evaluation import evaluation_sets
+from trainers.feedback.batch_builder import BatchConfig
 from trainers.feedback.refinement import Refining
 from trainers.feedback.reward_model import RewardModel, first_critique, read_response
 from trainers.feedback.segments import TokensSpanning
@@ -468,32 +469,33 @@ def _driver_config(config: RunConfig, *, domain: Domain, tokenizer: Tokenizer) -
     stride = max(1, len(probe) // NUM_PROBE_SEQUENCES)
     return DriverConfig(
         loop=config.loop,
-        # A reward model scores whole responses, so its pairs are whole.
-        preferences=(
-            config.preferences.model_copy(update={"cut_at_flaw": False})
-            if config.reward.kind == "model"
-            else config.preferences
-        ),
+        batch=_batch_config(config, tokenizer),
         evaluation=config.evaluation,
         evaluation_sets=sets,
         experts=ExpertBudget(fraction=config.oversight.budget),
-        loss=config.loss.kind,
-        loss_config=config.loss,
         batch_size=config.learner.training.batch_size,
-        selection=config.selection,
-        objectives=config.objectives,
-        trade_offs=(
-            TradeOffs()
-            if config.learner.training.panacea is None or config.objectives is None
-            else TradeOffs(fixed=config.objectives.weights, seed=config.seed)
-        ),
         # At another temperature the engine's log-probs are of another distribution than the learner's.
         importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
         reference_weights=config.learner.reference,
-        tokens_spanning=_spanning(tokenizer),
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
         ),
+    )
+
+
+def _batch_config(config: RunConfig, tokenizer: Tokenizer) -> BatchConfig:
+    whole = config.reward.kind == "model"  # it scores whole responses, so its pairs are whole
+    trade_offs = TradeOffs()
+    if config.learner.training.panacea is not None and config.objectives is not None:
+        trade_offs = TradeOffs(fixed=config.objectives.weights, seed=config.seed)
+    return BatchConfig(
+        loss=config.loss.kind,
+        loss_config=config.loss,
+        preferences=config.preferences.model_copy(update={"cut_at_flaw": False}) if whole else config.preferences,
+        selection=config.selection,
+        objectives=config.objectives,
+        trade_offs=trade_offs,
+        tokens_spanning=_spanning(tokenizer),
     )
 
 
