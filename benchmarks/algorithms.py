@@ -1,14 +1,16 @@
 """Compares the ways to learn from feedback in the loop, and prints docs/experiments.md's tables as Markdown.
 
     .venv/bin/python -m benchmarks.algorithms choose --seeds 0
+    .venv/bin/python -m benchmarks.algorithms confirm --seeds 1 2 --algorithms gce sft rloo dpo
     .venv/bin/python -m benchmarks.algorithms report --seeds 51 52 53 54 55 --algorithms dpo kto grpo sft
 
 `choose` climbs, for every algorithm, over the learning rates of its family: it begins with the middle one and goes on
 until no neighbour of the best is untried. It looks at probe problems alone. (One rate of each is not enough: dpo's mean
-was 0.81 at 3e-5, the thirteenth, and 0.96 at 1e-4.) `report` runs each algorithm with the learning rate that was
-chosen, on seeds that nothing was chosen on, and looks at sealed problems. The measure of the choice is the mean of the
-probe accuracies after each iteration: how fast it learns and how far, in one figure; the last accuracy alone does not
-tell the good ones apart.
+was 0.81 at 3e-5, the thirteenth, and 0.96 at 1e-4.) `confirm` runs algorithms with the rate that was chosen on further
+seeds, for one seed does not tell the best apart, and looks at probe problems and at the critic. `report` runs each with
+that rate on seeds that nothing was chosen on, and looks at sealed problems. The measure of the choice is the mean of
+the probe accuracies after each iteration: how fast it learns and how far, in one figure; the last accuracy alone does
+not tell the good ones apart.
 
 Losses of pairs all have the demo's NLL term on the chosen answer (`nll_weight` 10), without which its tiny model
 forgets how to write; `dpo_plain` is dpo without it.
@@ -43,8 +45,8 @@ from trainers.summary import GainSummary, read_metrics, read_summary
 RUNS = ROOT / "runs" / "algorithms"
 PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("3e-5", "1e-4", "3e-4"), ("1e-5", "3e-5", "1e-4"), ("3e-5", "1e-4", "3e-4")
 FIGURES = ROOT / "benchmarks" / "algorithms.json"
-"""What has been measured: `choice`, the probe accuracy after each iteration by algorithm, rate and seed; `report`, the
-outcomes."""
+"""What has been measured: `choice`, the probe accuracy after each iteration by algorithm, rate and seed; `confirm` and
+`report`, the outcomes."""
 Choice = dict[str, dict[str, dict[str, list[float]]]]
 
 
@@ -118,6 +120,8 @@ class Outcome:
     walls: tuple[float, ...]
     """Seconds of each iteration."""
     sealed: GainSummary
+    agreement: float | None
+    """The critic's balanced accuracy on live answers, of the iteration where it was lowest; None: it was in none."""
     attack_success: float
     """On the frozen attack set, after the loop."""
     figures: RunFigures
@@ -194,6 +198,7 @@ def run_one(algorithm: str, *, rate: str, seed: int) -> Outcome:
         probe=tuple(row.probe_accuracy for row in rows),
         walls=tuple(row.wall_s for row in rows),
         sealed=summary.sealed_accuracy,
+        agreement=summary.critic_agreement.lowest,
         attack_success=summary.attack_success.after,
         figures=figures_of(run, temperature=float(resolved["rollouts"]["sampling"]["temperature"])),
         commit=head.stdout.strip(),
@@ -250,15 +255,21 @@ def choose(names: Sequence[str], seeds: Sequence[int]) -> None:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Run the algorithms with their chosen learning rates, seed by seed, and write down what comes of them."""
+def run_chosen(part: str, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run the algorithms with their chosen learning rates, seed by seed, and write down what comes of them.
+
+    Args:
+        part: of the figures, "confirm" or "report".
+        names: the algorithms.
+        seeds: none of which they were chosen on.
+    """
     for seed in seeds:
         for name in names:
             figures = read_figures()
-            if any((one["algorithm"], one["seed"]) == (name, seed) for one in figures["report"]):
+            if any((one["algorithm"], one["seed"]) == (name, seed) for one in figures[part]):
                 continue
             rate = best_rate(rate_means(figures["choice"][name]))
-            keep(report=[*figures["report"], run_one(name, rate=rate, seed=seed).plain()])
+            keep(**{part: [*figures[part], run_one(name, rate=rate, seed=seed).plain()]})
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -266,8 +277,8 @@ def report(names: Sequence[str], seeds: Sequence[int]) -> None:
 
 def read_figures() -> dict[str, Any]:
     """Return what has been measured so far."""
-    found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {"choice": {}, "report": []}
-    return found
+    found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    return {"choice": {}, "confirm": [], "report": []} | found
 
 
 def keep(**parts: object) -> None:
@@ -290,6 +301,36 @@ def choice_table(choice: Choice) -> str:
         shown = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
         rows.append((name, *shown, " · ".join(probes)))
     return markdown_table(("algorithm", *rates, "probe after each iteration, best rate"), rows)
+
+
+def confirm_table(choice: Choice, outcomes: Sequence[Outcome]) -> str:
+    """Return the table of the choice's further seeds, a row for each algorithm, the best first; nothing sealed."""
+    rows = []
+    for name in {one.algorithm for one in outcomes}:
+        mine = [one for one in outcomes if one.algorithm == name]
+        speeds = [
+            *(statistics.fmean(probe) for probe in choice[name][mine[0].rate].values()),
+            *(one.speed for one in mine),
+        ]
+        rows.append(
+            (
+                name,
+                mine[0].rate,
+                f"{statistics.fmean(speeds):.3f}",
+                ", ".join(f"{speed:.3f}" for speed in speeds),
+                " · ".join(", ".join(f"{accuracy:.2f}" for accuracy in one.probe) for one in mine),
+                ", ".join(_three(one.agreement) for one in mine),
+            )
+        )
+    head = (
+        "algorithm",
+        "learning rate",
+        "probe, mean over seeds and iterations",
+        "each seed",
+        "probe after each iteration, further seeds",
+        "critic agreement, lowest, further seeds",
+    )
+    return markdown_table(head, sorted(rows, key=lambda row: row[2], reverse=True))
 
 
 def report_table(outcomes: Sequence[Outcome]) -> str:
@@ -315,6 +356,7 @@ def report_table(outcomes: Sequence[Outcome]) -> str:
                 ),
                 ", ".join(f"{100 * gain.gain:+.1f}" for gain in sealed),
                 _median([one.attack_success for one in mine]),
+                _three(min((one.agreement for one in mine if one.agreement is not None), default=None)),
                 _median(equal_wall),
                 _median([one.figures.kl_from_start for one in mine]),
                 _median([one.figures.distinct for one in mine]),
@@ -331,6 +373,7 @@ def report_table(outcomes: Sequence[Outcome]) -> str:
         "sealed gain, median (least and greatest bound, 95 %)",
         "each seed",
         "attack success after",
+        "critic agreement, lowest",
         "probe at equal wall",
         "KL from start, nats per answer",
         "distinct texts ÷ samples",
@@ -341,6 +384,10 @@ def report_table(outcomes: Sequence[Outcome]) -> str:
     return markdown_table(head, rows)
 
 
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _median(values: Sequence[float | None], *, digits: int = 3) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.{digits}f}" if len(known) == len(values) else "–"
@@ -349,19 +396,23 @@ def _median(values: Sequence[float | None], *, digits: int = 3) -> str:
 def main() -> int:
     """Run what is asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("choose", "report"))
+    parser.add_argument("what", choices=("choose", "confirm", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=tuple(ALGORITHMS))
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     said = parser.parse_args()
     if not said.table:
-        (choose if said.what == "choose" else report)(said.algorithms, said.seeds)
+        if said.what == "choose":
+            choose(said.algorithms, said.seeds)
+        else:
+            run_chosen(said.what, said.algorithms, said.seeds)
     figures = read_figures()
     if said.what == "choose":
         print(choice_table(figures["choice"]))
-    else:
-        outcomes = [Outcome.of(one) for one in figures["report"]]
-        print(report_table([one for one in outcomes if one.algorithm in said.algorithms and one.seed in said.seeds]))
+        return 0
+    found = [Outcome.of(one) for one in figures[said.what]]
+    outcomes = [one for one in found if one.algorithm in said.algorithms and one.seed in said.seeds]
+    print(confirm_table(figures["choice"], outcomes) if said.what == "confirm" else report_table(outcomes))
     return 0
 
 

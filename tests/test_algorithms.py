@@ -20,10 +20,11 @@ from benchmarks.algorithms import (
     best_rate,
     choice_table,
     choose,
+    confirm_table,
     next_rate,
     rate_means,
-    report,
     report_table,
+    run_chosen,
     words_of,
 )
 from benchmarks.run_figures import RunFigures, kl_from, self_bleu
@@ -41,6 +42,7 @@ ONE = Outcome(
     probe=(0.5, 0.7, 0.9),
     walls=(10.0, 10.0, 10.0),
     sealed=SEALED,
+    agreement=0.95,
     attack_success=0.1,
     figures=FIGURES,
     commit="0000000",
@@ -108,12 +110,20 @@ def test_a_campaign_goes_on_where_its_figures_end(tmp_path: Path, monkeypatch: p
     choose(["sft"], [0])
     assert made == [("sft", "1e-4", 0), ("sft", "3e-5", 0), ("sft", "3e-5", 0), ("sft", "3e-4", 0)]
     assert json.loads((tmp_path / "figures.json").read_text())["choice"]["sft"]["3e-4"] == {"0": [0.3]}
-    report(["sft"], [51])
-    report(["sft"], [51, 52])
+    run_chosen("report", ["sft"], [51])
+    run_chosen("report", ["sft"], [51, 52])
     assert made[4:] == [("sft", "3e-4", 51), ("sft", "3e-4", 52)]
     kept = json.loads((tmp_path / "figures.json").read_text())["report"]
     assert [Outcome.of(one).seed for one in kept] == [51, 52]
     assert Outcome.of(kept[0]) == replace(ONE, algorithm="sft", rate="3e-4", probe=(0.3,))
+
+
+def test_further_seeds_count_beside_those_of_the_choice() -> None:
+    choice = {"dpo": {"3e-5": {"0": [0.4, 0.6]}, "1e-4": {"0": [0.1, 0.1]}}, "sft": {"3e-5": {"0": [0.5, 0.5]}}}
+    found = confirm_table(choice, [ONE, replace(ONE, algorithm="sft", probe=(0.8, 0.8), agreement=0.5)])
+    first, second = found.splitlines()[2:]
+    assert first.startswith("| sft | 3e-5 | 0.650 | 0.500, 0.800 | 0.80, 0.80 | 0.500 |")
+    assert second.startswith("| dpo | 3e-5 | 0.600 | 0.500, 0.700 | 0.50, 0.70, 0.90 | 0.950 |")
 
 
 def replace_gain(gain: float) -> GainSummary:
@@ -126,7 +136,7 @@ def test_at_equal_wall_a_run_counts_as_far_as_it_had_come() -> None:
     assert [ONE.probe_by(wall) for wall in (10.0, 29.0, 30.0)] == [0.5, 0.7, 0.9]
     rows = [line.split(" | ") for line in report_table([ONE, quick]).splitlines()[2:]]
     # The quickest takes 15 s in all.
-    assert [(row[0], row[4], row[7]) for row in rows] == [
+    assert [(row[0], row[4], row[8]) for row in rows] == [
         ("| dpo", "+50.0 (+20.0 to +80.0)", "0.500"),
         ("| grpo", "+55.0 (+20.0 to +80.0)", "1.000"),
     ]
