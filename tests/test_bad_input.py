@@ -22,6 +22,7 @@ import elenchus
 from cluster.config import SECRET_KEY, describe, plugin_names
 from cluster.durable_files import digest_directory
 from cluster.store import RunStore
+from tests.default_loss import LOSS_KEY
 from trainers.base_model import write_base_model
 from trainers.loop_state import STAGES
 from trainers.preflight import machine_problems, model_record
@@ -116,7 +117,10 @@ CONFIGS: dict[str, tuple[str, str]] = {
         '[attack]\nkind = "gcg"\n',
         'a.toml:1: attack: got kind = "gcg", wanted one of quality_diversity',
     ),
-    "negative q": ("[loss]\nq = -0.1\n", "a.toml:2: loss.q: got -0.1, wanted more than 0"),
+    "setting of the loss": (
+        f"[loss]\n{LOSS_KEY} = -0.1\n",
+        f"a.toml:2: loss.{LOSS_KEY}: got -0.1, wanted more than 0",
+    ),
     "more replicas than the cluster has": (
         "[critic]\nreplicas = 50\n[ray]\nnum_cpus = 2\n",
         "a.toml:2: critic.replicas: got 50, and the roles reserve 11.4 CPUs (1 × 0.2 attacker + 1 × 0.2 rollouts + "
@@ -201,11 +205,11 @@ def test_a_missing_config_is_answered_with_the_nearest(capsys: pytest.CaptureFix
 
 
 def test_all_mistakes_of_all_files_and_flags_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("a.toml").write_text('seed = -1\n[loss]\nq = 0\n[ray]\napi_key = "x"\n')
+    Path("a.toml").write_text(f'seed = -1\n[loss]\n{LOSS_KEY} = 0\n[ray]\napi_key = "x"\n')
     Path("b.toml").write_text('name = "${NO_SUCH_NAME}"\n[learner.training]\nbatch_size = 9\n')
     assert said(capsys, "run", "a.toml", "b.toml", "--critic.replicas", "0") == [
         "a.toml:1: seed: got -1, wanted at least 0",
-        "a.toml:3: loss.q: got 0, wanted more than 0",
+        f"a.toml:3: loss.{LOSS_KEY}: got 0, wanted more than 0",
         "a.toml:5: ray.api_key: got a secret written out (not shown), wanted it in a file that a key ending in _path "
         "names, or in the environment: take it out of here, and revoke it if this was shared",
         'b.toml:1: name: got "${NO_SUCH_NAME}", wanted a variable of the environment, NO_SUCH_NAME is not set: '
@@ -219,14 +223,16 @@ def test_all_mistakes_of_all_files_and_flags_are_told_at_once(capsys: pytest.Cap
 def test_variables_of_the_environment_are_put_in(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ROBUST", "-2")
+    monkeypatch.setenv("NUMBER", "-2")
     monkeypatch.setenv("WHERE", "elsewhere")
     monkeypatch.setenv("KEY", "sk-proj-abcdefghij0123456789")
-    Path("a.toml").write_text('runs_dir = "${WHERE}/${KEY}"\n[loss]\nq = "${ROBUST}"\n[loop]\nepochs = "${WHERE}"\n')
+    Path("a.toml").write_text(
+        f'runs_dir = "${{WHERE}}/${{KEY}}"\n[loss]\n{LOSS_KEY} = "${{NUMBER}}"\n[loop]\nepochs = "${{WHERE}}"\n'
+    )
     told = said(capsys, "run", "a.toml")
     assert told[0].startswith("a.toml:1: runs_dir: got a secret written out (not shown)")
     assert told[1:] == [
-        "a.toml:3: loss.q: got -2, wanted more than 0",
+        f"a.toml:3: loss.{LOSS_KEY}: got -2, wanted more than 0",
         'a.toml:5: loop.epochs: got "elsewhere", wanted a whole number',
     ]
 
@@ -576,7 +582,7 @@ HEAVY = ("torch", "vllm", "ray", "transformers", "deepspeed", "scipy")
     "code",
     [
         "from trainers.run_config import load_run_config; load_run_config([])",
-        "import elenchus; assert elenchus.main(['run', 'loss.q=-1', 'name=x']) == 2",
+        f"import elenchus; assert elenchus.main(['run', 'loss.{LOSS_KEY}=-1', 'name=x']) == 2",
         "import elenchus; assert elenchus.main(['run', 'critic.replicas=900']) == 2",
         "import elenchus; assert elenchus.main(['run', 'learner.model=m', 'rollouts.engine.model=m']) == 2",
     ],

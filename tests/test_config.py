@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ConfigError, Settings, describe, flag_settings, layered, plugin_names, read_settings
+from tests.default_loss import LOSS_KEY
 from trainers.feedback.training_data import material_of
 from trainers.run_config import RunConfig, load_run_config, read_resolved
 
@@ -38,9 +39,9 @@ def test_later_files_and_then_flags_win(tmp_path: Path) -> None:
 
 
 def test_keys_that_a_file_leaves_out_keep_the_sections_defaults(tmp_path: Path) -> None:
-    config = load_run_config([written(tmp_path, "[critic.engine]\nthreads = 2\n[loss]\nq = 0.3\n")])
+    config = load_run_config([written(tmp_path, f"[critic.engine]\nthreads = 2\n[loss]\n{LOSS_KEY} = 0.3\n")])
     assert config.critic.engine.model == RunConfig().critic.engine.model
-    assert config.loss.model_dump() == {**RunConfig().loss.model_dump(), "q": 0.3}
+    assert config.loss.model_dump() == {**RunConfig().loss.model_dump(), LOSS_KEY: 0.3}
 
 
 def test_another_kind_of_plugin_takes_its_own_defaults(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_another_kind_of_plugin_takes_its_own_defaults(tmp_path: Path) -> None:
 
 
 def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    config = load_run_config([], flags=[("loss.q", "0.25"), ("name", "x1")])
+    config = load_run_config([], flags=[(f"loss.{LOSS_KEY}", "0.25"), ("name", "x1")])
     written(tmp_path, config.model_dump_json(), "resolved.json")
     assert read_resolved(tmp_path / "resolved.json") == config
 
@@ -99,7 +100,7 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ("[learner.training]\nbatch_size = 9\nnum_ranks = 2\n",
          "a.toml:2: learner.training.batch_size: got 9, wanted a multiple of learner.training.num_ranks = 2: "
          "9 = 2 × 4 + 1; 8 would do"),
-        ("[loss]\nq = -1\n", "a.toml:2: loss.q: got -1, wanted more than 0"),
+        (f"[loss]\n{LOSS_KEY} = -1\n", f"a.toml:2: loss.{LOSS_KEY}: got -1, wanted more than 0"),
         ("loss = 3\n", "a.toml:1: loss: got 3, wanted a table"),
         ('[loss]\nkind = "bradley_terry"\n',
          'a.toml:2: loss.kind: got "bradley_terry", wanted a loss of a policy: it trains a reward model, which is '

@@ -21,6 +21,7 @@ from actors.engine_config import EngineConfig
 from actors.model_directory import num_parameters
 from cluster.machine import Gpu, Machine
 from serve.terminal import write_plan
+from tests.default_loss import LOSS_KEY
 from tests.machines import TWO_CORES
 from tests.tiny_models import write_gpt2, write_llama
 from trainers.base_model import BaseModelConfig, write_base_model
@@ -549,8 +550,8 @@ def test_the_files_are_those_of_a_run_with_their_sizes(tmp_path: Path) -> None:
 
 
 def test_what_is_not_at_its_default_is_listed() -> None:
-    config = load_run_config([], flags=[("critic.replicas", "6"), ("loss.q", "0.2"), ("name", "x")])
-    assert changed_keys(config) == {"critic.replicas": "6", "loss.q": "0.2", "name": '"x"'}
+    config = load_run_config([], flags=[("critic.replicas", "6"), (f"loss.{LOSS_KEY}", "0.25"), ("name", "x")])
+    assert changed_keys(config) == {"critic.replicas": "6", f"loss.{LOSS_KEY}": "0.25", "name": '"x"'}
     assert changed_keys(RunConfig()) == {}
 
 

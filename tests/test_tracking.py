@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config import Config, ConfigError, plugin_names
+from tests.default_loss import LOSS_KEY
 from tests.synthetic_run import make_row, make_summary
 from trainers import tracking
 from trainers.preflight import machine_problems
@@ -403,7 +404,7 @@ def test_keys_reach_neither_the_runs_files_nor_what_trackers_are_told(
         monkeypatch.setenv(variable, secret)
     config = load_run_config([], flags=[("ray.token_path", "/home/somebody/token"), ("runs_dir", str(tmp_path))])
     settings = told_settings(config.model_dump(mode="json"))
-    assert settings["loss.q"] == RunConfig().loss.model_dump()["q"]
+    assert settings[f"loss.{LOSS_KEY}"] == RunConfig().loss.model_dump()[LOSS_KEY]
     assert not [key for key in settings if key.startswith(("ray.", "tracking.", "runs_dir"))]
     run = TrackedRun(name="demo", identity="0a", run_dir=tmp_path, project="elenchus", settings=settings)
     with Trackers(config.tracking, run, note=unheard) as trackers:
