@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -186,11 +185,19 @@ def run_one(algorithm: str, *, rate: str, seed: int) -> Outcome:
     run = directory(algorithm, rate=rate, seed=seed)
     print(f"━━ seed {seed}, {run.name}", flush=True)
     run_afresh(run, words_of(algorithm, rate=rate, seed=seed))
+    return outcome_of(run, algorithm=algorithm, rate=rate, seed=seed)
+
+
+def outcome_of(run: Path, *, algorithm: str, rate: str, seed: int) -> Outcome:
+    """Return what a finished run came to.
+
+    Raises:
+        RuntimeError: it has no summary.
+    """
     summary, rows = read_summary(run), read_metrics(run)
     if summary is None:
         raise RuntimeError(f"{run}: got no summary, wanted one")
     resolved = json.loads((run / "resolved.json").read_text())
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     return Outcome(
         algorithm=algorithm,
         rate=rate,
@@ -201,7 +208,7 @@ def run_one(algorithm: str, *, rate: str, seed: int) -> Outcome:
         agreement=summary.critic_agreement.lowest,
         attack_success=summary.attack_success.after,
         figures=figures_of(run, temperature=float(resolved["rollouts"]["sampling"]["temperature"])),
-        commit=head.stdout.strip(),
+        commit=summary.commit[:7],
     )
 
 
