@@ -140,7 +140,7 @@ class Refiner:
         issues = all_issues(item)
         if item.response.finish_reason != "stop":
             return UNENDED
-        num_claims = max(len(issues), *(len(critique.label_logprobs) - 1 for critique in _surest_first(item)))
+        num_claims = max(len(issues), *(len(critique.label_logprobs) - 1 for critique in item.readable))
         num_deleted = sum(not issue.fix for issue in issues)
         revised = revise_spans(text, issues)
         if num_claims - num_deleted < self.config.min_recall * num_claims or not revised.strip():

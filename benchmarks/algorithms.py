@@ -313,7 +313,7 @@ def choice_table(choice: Choice) -> str:
 def confirm_table(choice: Choice, outcomes: Sequence[Outcome]) -> str:
     """Return the table of the choice's further seeds, a row for each algorithm, the best first; nothing sealed."""
     rows = []
-    for name in {one.algorithm for one in outcomes}:
+    for name in dict.fromkeys(one.algorithm for one in outcomes):
         mine = [one for one in outcomes if one.algorithm == name]
         speeds = [
             *(statistics.fmean(probe) for probe in choice[name][mine[0].rate].values()),
