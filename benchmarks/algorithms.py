@@ -98,7 +98,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "pro": _samples(kind="pro"),
     "grpo": _samples(kind="grpo"),
     "dapo": _samples(kind="grpo", form="dapo"),
-    "dr_grpo": _samples(kind="grpo", form="dr_grpo", max_tokens="48"),
+    "dr_grpo": _samples(kind="grpo", form="dr_grpo"),
     "gspo": _samples(kind="grpo", form="gspo"),
     "rloo": _samples(kind="rloo"),
     "reinforce_pp": _samples(kind="reinforce_pp"),

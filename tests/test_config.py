@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from cluster.config import ConfigError, Settings, describe, flag_settings, layered, plugin_names, read_settings
 from tests.default_loss import LOSS_KEY
 from trainers.feedback.training_data import material_of
+from trainers.losses import grpo
 from trainers.run_config import RunConfig, load_run_config, read_resolved
 
 
@@ -53,6 +55,30 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = load_run_config([], flags=[(f"loss.{LOSS_KEY}", "0.25"), ("name", "x1")])
     written(tmp_path, config.model_dump_json(), "resolved.json")
     assert read_resolved(tmp_path / "resolved.json") == config
+
+
+def test_a_price_of_the_kl_in_the_reward_is_to_the_first_weights_unless_it_is_zero() -> None:
+    # To the weights at the update's start k1 is 0: the price would be none.
+    of = partial(load_run_config, [])
+    for kind in ("ppo", "relc", "rloo", "reinforce_pp"):
+        flags = [("loss.kind", kind), ("learner.training.value_head", "true")]
+        assert of(flags=flags).reference_weights == "bootstrap"
+        assert of(flags=[*flags, ("loss.kl_coefficient", "0")]).reference_weights == "start_of_update"
+    for kind in ("dpo", "kto", "grpo", "exo_group"):
+        assert of(flags=[("loss.kind", kind)]).reference_weights == "start_of_update"
+        said = [("loss.kind", kind), ("learner.reference", "bootstrap")]
+        assert of(flags=said).reference_weights == "bootstrap"
+
+
+def test_a_loss_takes_temperature_and_length_from_the_sampling_unless_it_is_told() -> None:
+    sampling = [("rollouts.sampling.temperature", "0.7"), ("rollouts.sampling.max_tokens", "40")]
+    dapo = load_run_config([], flags=[*sampling, ("loss.kind", "grpo"), ("loss.form", "dapo")]).loss_as_sampled
+    assert isinstance(dapo, grpo.Config)
+    assert (dapo.temperature, dapo.max_tokens, dapo.overlong) == (0.7, 40, 8)
+    told = [*sampling, ("loss.kind", "grpo"), ("loss.form", "dapo"), ("loss.overlong_buffer_tokens", "3")]
+    assert load_run_config([], flags=told).loss_as_sampled.overlong == 3  # type: ignore[attr-defined]
+    dpo = load_run_config([], flags=[*sampling, ("loss.kind", "dpo")])
+    assert dpo.loss_as_sampled == dpo.loss
 
 
 def test_plugin_settings_travel_by_pickle() -> None:
@@ -126,8 +152,13 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
         ('[loss]\nkind = "grpo"\nmax_tokens = 512\n',
          "a.toml:3: loss.max_tokens: got 512, wanted rollouts.sampling.max_tokens = "
          f"{RunConfig().rollouts.sampling.max_tokens}: no response is longer"),
-        ('[loss]\nkind = "rloo"\n[rollouts.sampling]\ntemperature = 0.7\n',
-         "a.toml:1: loss.temperature: got 1, wanted rollouts.sampling.temperature = 0.7: log-probs are taken at that "
+        ('[learner]\nreference = "start_of_update"\n[loss]\nkind = "rloo"\n',
+         'a.toml:2: learner.reference: got "start_of_update" with loss.kind = "rloo" and loss.kl_coefficient = 0.03, '
+         "wanted \"bootstrap\", or 0: to the weights at an update's start there is no KL to pay for"),
+        ('[loss]\nkind = "grpo"\noverlong_buffer_tokens = 49\n',
+         "a.toml:3: loss.overlong_buffer_tokens: got 49, wanted at most rollouts.sampling.max_tokens = 48"),
+        ('[loss]\nkind = "rloo"\ntemperature = 1.0\n[rollouts.sampling]\ntemperature = 0.7\n',
+         "a.toml:3: loss.temperature: got 1, wanted rollouts.sampling.temperature = 0.7: log-probs are taken at that "
          "of the sampling"),
         ('[loss]\nkind = "grpo"\n[loss.kl_control]\nadaptive = true\n',
          'a.toml:4: loss.kl_control.adaptive: got true with learner.reference = "start_of_update", wanted "bootstrap": '

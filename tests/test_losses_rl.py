@@ -374,15 +374,20 @@ def test_unscored_responses_are_left_out_of_everything() -> None:
 def test_a_form_fills_what_is_not_set_and_shows_in_the_settings() -> None:
     assert grpo.Config(form="dapo", clip_high=0.25).clip_high == 0.25
     assert grpo.Config.model_validate(grpo.Config(form="gspo").model_dump()) == grpo.Config(form="gspo")
-    with pytest.raises(ValidationError, match="max_tokens: got nothing"):
-        grpo.Config(form="dr_grpo")
-    with pytest.raises(ValidationError, match="max_tokens: got nothing"):
-        grpo.Config(form="dapo", overlong_buffer_tokens=4)
     with pytest.raises(ValidationError, match=r"wanted at most max_tokens \(3\)"):
         grpo.Config(form="dapo", overlong_buffer_tokens=4, max_tokens=3)
-    for config in (ppo.Config, reinforce_pp.Config):
-        with pytest.raises(ValidationError, match="max_tokens: got nothing"):
-            config(reduction="const")
+    # DAPO's buffer is 4,096 of 20,480 tokens.
+    assert grpo.Config(form="dapo", max_tokens=20_480).overlong == 4_096
+    assert grpo.Config(form="dapo", max_tokens=20_480, overlong_buffer_tokens=0).overlong == 0
+    assert grpo.Config(form="gspo", max_tokens=20_480).overlong == 0
+
+
+def test_what_needs_the_greatest_length_says_so() -> None:
+    batch = random_batch(seed=0)
+    with pytest.raises(ValueError, match='max_tokens: got nothing with reduction = "const"'):
+        batch.reduce(batch.logprobs, reduction="const")
+    with pytest.raises(ValueError, match="max_tokens: got nothing with overlong_buffer_tokens"):
+        grpo.advantages(samples_of([1.0, 0.0]), grpo.Config(overlong_buffer_tokens=4))
 
 
 # ----------------------------------------------------------------------------------------------------------- L-RLOO

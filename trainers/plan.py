@@ -333,7 +333,7 @@ def _roles(
     tensors = training_memory(shape, training)
     on_gpu = training.gpus_per_rank > 0
     budget = config.loop.kl_budget
-    if config.learner.reference == "bootstrap" or budget.enabled:
+    if config.reference_weights == "bootstrap" or budget.enabled:
         tensors["first weights"] = first_weights_bytes(shape, training)
     # Rank 0 copies the weights once to publish them, and once to export them.
     host = {name: size for name, size in tensors.items() if not on_gpu or name in on_host(training)}

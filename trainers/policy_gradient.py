@@ -12,9 +12,9 @@ torch is imported inside the functions: settings are read without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cluster import config as settings
 from trainers.advantages import Estimates, Samples
@@ -37,6 +37,8 @@ class PolicyConfig(settings.Config):
 
     needs_values: ClassVar[bool] = False
     """Whether the policy must have a value head."""
+    kl_in_reward: ClassVar[bool] = False
+    """Whether the KL to the reference is a price on the reward: to the weights at the update's start it is 0."""
 
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The ratio of new to old probability earns nothing below 1 minus this."""
@@ -49,8 +51,8 @@ class PolicyConfig(settings.Config):
     """Greatest such ratio of training engine to rollout engine."""
     importance_floor: float = Field(default=0.0, ge=0.0, le=1.0)
     """Least such ratio, of the two masks."""
-    temperature: float = Field(default=1.0, gt=0.0)
-    """That of the sampling: log-probs are taken at it."""
+    temperature: float | None = Field(default=None, gt=0.0)
+    """That of the sampling: log-probs are taken at it. Unset: rollouts.sampling.temperature; outside a run 1."""
     kl_control: KlControl = KlControl()
     """How kl_coefficient changes from one update to the next."""
 
@@ -61,13 +63,7 @@ class TokenMeansConfig(PolicyConfig):
     reduction: Reduction = "tok-mean"
     """How tokens are averaged: "tok-mean", "seq-mean", "seq-sum" or "const"."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Greatest length of a response (tokens); what "const" divides by."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.reduction == "const" and self.max_tokens is None:
-            raise ValueError('max_tokens: got nothing with reduction = "const", wanted the greatest length in tokens')
-        return self
+    """Greatest length of a response (tokens); what "const" divides by. Unset: rollouts.sampling.max_tokens."""
 
 
 @runtime_checkable
@@ -83,6 +79,27 @@ class PolicyLoss(Protocol):
     def loss(self, batch: TokenBatch, config: Any) -> LossOutput:
         """Return the loss of a batch."""
         ...
+
+
+def kl_price(config: PolicyConfig) -> float:
+    """Return what a nat of KL to the reference costs."""
+    price: float = config.model_dump()["kl_coefficient"]
+    return price
+
+
+def as_sampled(config: settings.Config, *, temperature: float, max_tokens: int) -> settings.Config:
+    """Return a loss's settings with what they leave to the sampling; those of other losses as they are.
+
+    Args:
+        temperature: that of the sampling.
+        max_tokens: greatest length of a response.
+    """
+    if not isinstance(config, PolicyConfig):
+        return config
+    told: dict[str, float] = {} if config.temperature is not None else {"temperature": temperature}
+    if isinstance(config, TokenMeansConfig) and config.max_tokens is None:
+        told["max_tokens"] = max_tokens
+    return config.model_copy(update=told)
 
 
 class Surrogate(NamedTuple):

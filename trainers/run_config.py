@@ -56,8 +56,8 @@ from trainers.feedback.selection import SelectionConfig
 from trainers.feedback.training_data import material_of
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
-from trainers.losses import forward_correction, load_loss
-from trainers.policy_gradient import PolicyConfig, TokenMeansConfig
+from trainers.losses import forward_correction, grpo, load_loss
+from trainers.policy_gradient import PolicyConfig, TokenMeansConfig, as_sampled, kl_price
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
 from trainers.training_config import ReferenceWeights, TrainingConfig
@@ -134,8 +134,9 @@ class LearnerSection(Config):
     """A Hugging Face directory or "bootstrap"."""
     training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=3e-5, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
-    reference: ReferenceWeights = "start_of_update"
-    """Weights that a loss compares the learner with: "start_of_update", or "bootstrap", the run's first ones."""
+    reference: ReferenceWeights | None = None
+    """Weights that a loss compares the learner with: "start_of_update", or "bootstrap", the run's first ones. Unset:
+    "bootstrap" where the KL is a price on the reward, which else were 0; "start_of_update" for all others."""
 
 
 class RunConfig(Config):
@@ -200,6 +201,20 @@ class RunConfig(Config):
     def run_dir(self) -> Path:
         """The run's directory."""
         return self.runs_dir / self.name
+
+    @property
+    def reference_weights(self) -> ReferenceWeights:
+        """The weights that the loss compares the learner with."""
+        if self.learner.reference is not None:
+            return self.learner.reference
+        priced = isinstance(self.loss, PolicyConfig) and self.loss.kl_in_reward and kl_price(self.loss) > 0.0
+        return "bootstrap" if priced else "start_of_update"
+
+    @property
+    def loss_as_sampled(self) -> Config:
+        """The loss's settings, with the sampling's temperature and lengths where they do not say otherwise."""
+        sampling = self.rollouts.sampling
+        return as_sampled(self.loss, temperature=sampling.temperature, max_tokens=sampling.max_tokens)
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -459,7 +474,13 @@ def _learning(config: RunConfig) -> Iterator[str]:
     if not isinstance(config.loss, PolicyConfig):
         return
     if config.loss.kl_control.adaptive:
-        yield from _kl_control(config.loss, reference=config.learner.reference)
+        yield from _kl_control(config.loss, reference=config.reference_weights)
+    if config.reference_weights == "start_of_update" and config.loss.kl_in_reward and kl_price(config.loss) > 0.0:
+        yield (
+            f'learner.reference: got "start_of_update" with loss.kind = "{kind}" and loss.kl_coefficient = '
+            f'{kl_price(config.loss):g}, wanted "bootstrap", or 0: to the weights at an update\'s start there is no KL '
+            "to pay for"
+        )
     if config.loss.needs_values and not config.learner.training.value_head:
         yield (
             f'loss.kind: got "{kind}" with learner.training.value_head = false, wanted true: it learns what a response '
@@ -469,8 +490,13 @@ def _learning(config: RunConfig) -> Iterator[str]:
     most = config.rollouts.sampling.max_tokens
     if longest is not None and longest != most:
         yield f"loss.max_tokens: got {longest}, wanted rollouts.sampling.max_tokens = {most}: no response is longer"
+    if isinstance(config.loss, grpo.Config) and longest is None and config.loss.overlong > most:
+        yield (
+            f"loss.overlong_buffer_tokens: got {config.loss.overlong}, wanted at most rollouts.sampling.max_tokens = "
+            f"{most}"
+        )
     temperature = config.rollouts.sampling.temperature
-    if config.loss.temperature != temperature:
+    if config.loss.temperature not in (None, temperature):
         yield (
             f"loss.temperature: got {config.loss.temperature:g}, wanted rollouts.sampling.temperature = "
             f"{temperature:g}: log-probs are taken at that of the sampling"
@@ -513,7 +539,7 @@ def _kl_control(loss: PolicyConfig, *, reference: str) -> Iterator[str]:
             f'loss.kl_control.adaptive: got true with learner.reference = "{reference}", wanted "bootstrap": the KL is '
             "measured at an update's start, where it is 0 to the weights of that moment"
         )
-    if loss.model_dump()["kl_coefficient"] == 0.0:
+    if kl_price(loss) == 0.0:
         yield "loss.kl_control.adaptive: got true with loss.kl_coefficient = 0, wanted more than 0: it is multiplied"
 
 

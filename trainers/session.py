@@ -476,7 +476,7 @@ def _driver_config(config: RunConfig, *, domain: Domain, tokenizer: Tokenizer) -
         batch_size=config.learner.training.batch_size,
         # At another temperature the engine's log-probs are of another distribution than the learner's.
         importance=config.loop.importance if config.rollouts.sampling.temperature == 1.0 else None,
-        reference_weights=config.learner.reference,
+        reference_weights=config.reference_weights,
         probe_sequences=tuple(
             encode_chat(tokenizer, domain.learner_messages(query)) for query in probe[::stride][:NUM_PROBE_SEQUENCES]
         ),
@@ -490,7 +490,7 @@ def _batch_config(config: RunConfig, tokenizer: Tokenizer) -> BatchConfig:
         trade_offs = TradeOffs(fixed=config.objectives.weights, seed=config.seed)
     return BatchConfig(
         loss=config.loss.kind,
-        loss_config=config.loss,
+        loss_config=config.loss_as_sampled,
         preferences=config.preferences.model_copy(update={"cut_at_flaw": False}) if whole else config.preferences,
         selection=config.selection,
         objectives=config.objectives,

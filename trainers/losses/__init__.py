@@ -175,7 +175,10 @@ class TokenBatch:
             lengths = self.mask.sum(dim=1, keepdim=True).clamp(min=1)
             return (weighted / lengths).sum() / self.num_rows()
         if reduction == "const":
-            assert max_tokens is not None, "whoever offers `const` asks for max_tokens"
+            if max_tokens is None:
+                raise ValueError(
+                    'max_tokens: got nothing with reduction = "const", wanted the greatest length in tokens'
+                )
             return weighted.sum() / (self.num_rows() * max_tokens)
         return weighted.sum() / self.num_rows()
 

@@ -4,7 +4,8 @@ A = (r - mean of the group) / (its std + 1e-4), the same for all tokens of a res
 beta * KL to the reference in the loss. Each `form` is a set of defaults, and every one can be set apart:
 
     grpo     seq-mean, clip 0.2, std, beta 0.04 with k3
-    dapo     tok-mean, clip 0.2 / 0.28, groups of equal scores dropped, beta 0 (Yu et al. 2025, arXiv 2503.14476)
+    dapo     tok-mean, clip 0.2 / 0.28, groups of equal scores dropped, beta 0, the last fifth of max_tokens overlong
+             (Yu et al. 2025, arXiv 2503.14476: 4,096 of 20,480)
     dr_grpo  const, no std, beta 0 (Liu et al. 2025, arXiv 2503.20783)
     gspo     rho = exp(mean log-ratio) of the whole response, clip 3e-4 / 4e-4, seq-mean, beta 0 (Zheng et al. 2025,
              arXiv 2507.18071)
@@ -40,15 +41,17 @@ class Config(TokenMeansConfig):
     reduction: Reduction = "seq-mean"
     """How tokens are averaged: "tok-mean", "seq-mean", "seq-sum" or "const"."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Greatest length of a response (tokens); "const" and the overlong penalty need it."""
+    """Greatest length of a response (tokens); "const" and the overlong penalty need it. Unset:
+    rollouts.sampling.max_tokens."""
     scale: Literal["std", "none"] = "std"
     """What a group's centred scores are divided by."""
     ratio: Literal["token", "sequence-mean"] = "token"
     """Ratio of new to old probability: each token's own, or the geometric mean of the response's."""
     drop_equal: bool = False
     """true: responses of a group whose scores are all the same are left out; false: their advantage is 0."""
-    overlong_buffer_tokens: int = Field(default=0, ge=0)
-    """Over the last so many tokens before max_tokens a score loses up to 1; 0: no such penalty."""
+    overlong_buffer_tokens: int | None = Field(default=None, ge=0)
+    """Over the last so many tokens before max_tokens a score loses up to 1; 0: no such penalty. Unset: of dapo a fifth
+    of max_tokens, of the others 0."""
     kl_coefficient: float = Field(default=0.04, ge=0.0)
     """Weight of the KL to the reference in the loss."""
     kl_estimator: Literal["k2", "k3", "k3+"] = "k3"
@@ -62,32 +65,39 @@ class Config(TokenMeansConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.max_tokens is None and (self.reduction == "const" or self.overlong_buffer_tokens):
-            raise ValueError(
-                f'max_tokens: got nothing with reduction = "{self.reduction}" and overlong_buffer_tokens = '
-                f"{self.overlong_buffer_tokens}, wanted the greatest length of a response in tokens"
-            )
-        if self.max_tokens is not None and self.overlong_buffer_tokens > self.max_tokens:
+        if self.max_tokens is not None and (self.overlong_buffer_tokens or 0) > self.max_tokens:
             raise ValueError(
                 f"overlong_buffer_tokens: got {self.overlong_buffer_tokens}, "
                 f"wanted at most max_tokens ({self.max_tokens})"
             )
         return self
 
+    @property
+    def overlong(self) -> int:
+        """Return the tokens of the overlong penalty."""
+        if self.overlong_buffer_tokens is not None:
+            return self.overlong_buffer_tokens
+        return (self.max_tokens or 0) // 5 if self.form == "dapo" else 0
+
 
 def advantages(samples: Samples, config: Config) -> Estimates:
-    """Return each response's score relative to its group, on all its tokens."""
+    """Return each response's score relative to its group, on all its tokens.
+
+    Raises:
+        ValueError: an overlong penalty without the greatest length of a response.
+    """
     import torch
 
     from trainers.advantages import group_relative, informative, overlong_penalties
 
     scores = torch.where(samples.mask.any(dim=1), samples.scores, torch.nan)
-    if config.overlong_buffer_tokens:
-        assert config.max_tokens is not None, "validated"
+    if config.overlong:
+        if config.max_tokens is None:
+            raise ValueError(
+                "max_tokens: got nothing with overlong_buffer_tokens, wanted the greatest length in tokens"
+            )
         lengths = samples.mask.sum(dim=1)
-        scores = scores + overlong_penalties(
-            lengths, max_tokens=config.max_tokens, buffer_tokens=config.overlong_buffer_tokens
-        )
+        scores = scores + overlong_penalties(lengths, max_tokens=config.max_tokens, buffer_tokens=config.overlong)
     found = group_relative(scores, samples.groups, scale=config.scale)
     live = informative(scores, samples.groups) if config.drop_equal else samples.scored()
     return Estimates(advantages=torch.where(samples.mask, found[:, None], 0.0), live=live)

@@ -26,6 +26,7 @@ class Config(TokenMeansConfig):
     """Settings of PPO."""
 
     needs_values: ClassVar[bool] = True
+    kl_in_reward: ClassVar[bool] = True
 
     kl_coefficient: float = Field(default=0.05, ge=0.0)
     """Price of a nat of KL to the reference, taken off each token's reward (k1)."""

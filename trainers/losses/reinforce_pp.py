@@ -6,6 +6,8 @@ mean 0 and (population) variance 1. With `baseline` each score first loses its g
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from trainers.advantages import Estimates, Samples
@@ -18,6 +20,8 @@ uses_reference = True
 
 class Config(TokenMeansConfig):
     """Settings of REINFORCE++."""
+
+    kl_in_reward: ClassVar[bool] = True
 
     baseline: bool = False
     """true: scores are centred within their group first; needs several responses to a prompt."""

@@ -7,6 +7,8 @@ whole probability, and the loss is the mean over responses of -min(rho A, clip(r
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from trainers.advantages import Estimates, Samples
@@ -19,6 +21,8 @@ uses_reference = True
 
 class Config(PolicyConfig):
     """Settings of RLOO."""
+
+    kl_in_reward: ClassVar[bool] = True
 
     kl_coefficient: float = Field(default=0.03, ge=0.0)
     """Price of a nat of KL to the reference, taken off the response's score."""

@@ -23,7 +23,7 @@ from trainers.importance import ImportanceConfig, correction
 from trainers.kl import controlled
 from trainers.label_rows import label_rows
 from trainers.losses import GroupBatch, LabelBatch, Loss, PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
-from trainers.policy_gradient import PolicyConfig, PolicyLoss
+from trainers.policy_gradient import PolicyConfig, PolicyLoss, kl_price
 
 ComparedRows: TypeAlias = PairRows | GroupRows
 """Rows of several responses to a prompt: of pairs two, chosen and rejected, of groups up to K."""
@@ -155,14 +155,14 @@ def next_price(config: Config, said: Mapping[str, float], *, num_samples: int) -
     """
     if not isinstance(config, PolicyConfig) or not config.kl_control.adaptive:
         return None, {}
-    price: float = config.model_dump()["kl_coefficient"]
+    price = kl_price(config)
     kl = said["reference_kl_per_response"]
     return controlled(price, kl=kl, num_samples=num_samples, control=config.kl_control), {"kl_coefficient": price}
 
 
 def temperature_of(config: Config) -> float:
     """Return that at which log-probs are taken: the sampling's, where the loss learns from samples."""
-    return config.temperature if isinstance(config, PolicyConfig) else 1.0
+    return (config.temperature if isinstance(config, PolicyConfig) else None) or 1.0
 
 
 def each_row_once(plan: TrainingPlan, *, num_rows: int) -> Iterator[tuple[int, ...]]:
