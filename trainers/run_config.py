@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 else:
     Domain = plugin_config("actors.domains", default="arithmetic")
     Attack = plugin_config("actors.attacks", default="quality_diversity")
-    Loss = plugin_config("trainers.losses", default="dpo")
+    Loss = plugin_config("trainers.losses", default="gce")
 
 BOOTSTRAP = "bootstrap"
 """In place of a model directory: the base model that the run trains from scratch, or finds in its cache."""
@@ -132,7 +132,7 @@ class LearnerSection(Config):
 
     model: str = BOOTSTRAP
     """A Hugging Face directory or "bootstrap"."""
-    training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=3e-5, cpus_per_rank=0.5)
+    training: TrainingConfig = TrainingConfig(batch_size=16, learning_rate=1e-4, cpus_per_rank=0.5)
     """Ranks, optimizer and schedule."""
     reference: ReferenceWeights | None = None
     """Weights that a loss compares the learner with: "start_of_update", or "bootstrap", the run's first ones. Unset:
@@ -176,7 +176,7 @@ class RunConfig(Config):
     """Which labels are left out as probably wrong."""
     objectives: ObjectivesConfig | None = None
     """What responses are scored by besides the verdict; without the section by that alone."""
-    loss: Loss = plugin_settings("trainers.losses", "dpo", values={"nll_weight": 10.0})
+    loss: Loss = plugin_settings("trainers.losses", "gce")
     """What the learner is trained on: `kind` names a file of trainers/losses."""
     reward: RewardConfig = RewardConfig()
     """What responses are scored by, where the loss learns from scores: verdicts, or a reward model of one's own."""
