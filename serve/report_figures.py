@@ -237,6 +237,7 @@ def proposals(rows: Sequence[IterationMetrics]) -> Chart:
 _TRAINED_CAPTIONS: dict[Material, str] = {
     "pairs": "A pair needs an answer that passes and one that fails to the same query. All pass, all fail: queries; "
     "the other reasons: answers or candidate pairs.",
+    "judged": "Every judged answer, good or bad by its verdict, each text once for a query. The reasons count answers.",
     "samples": "Every judged answer with the score of its verdict. The reasons count answers.",
     "groups": "A group is a query with its judged answers, each text once. Lone, equal scores: queries; the other "
     "reasons: answers.",

@@ -40,6 +40,7 @@ CHOSEN, REJECTED, UNPAIRED, ALL_PASS, ALL_FAIL, UNJUDGED, TRAINED, LEFT_OUT, FAI
 )
 TRAINED_FATES: dict[Material, tuple[str, ...]] = {
     "pairs": (CHOSEN, REJECTED),
+    "judged": (TRAINED,),
     "samples": (TRAINED,),
     "groups": (TRAINED,),
     "accepted": (TRAINED,),
@@ -240,7 +241,7 @@ def _fate_alone(label: str | None, material: Material) -> str:
     """Return what became of an answer that stands for itself (`trainers.feedback.training_data`)."""
     if label is None:
         return UNJUDGED
-    return TRAINED if label == PASS or material in ("samples", "groups") else FAILS
+    return TRAINED if label == PASS or material != "accepted" else FAILS
 
 
 def _broken(verdicts: Sequence[Mapping[str, Any]], critics: Mapping[str, str]) -> set[str]:

@@ -149,6 +149,8 @@ def _expert_sentence(rows: Sequence[IterationMetrics], summary: Summary | None) 
 
 def _pairs_sentence(rows: Sequence[IterationMetrics]) -> str:
     trained, material = sum(row.pairs_trained for row in rows), material_of_rows(rows)
+    if material == "judged":
+        return f"The learner was trained on {count(trained, 'judged answer')}, good or bad by themselves."
     if material == "samples":
         return f"The learner was trained on {count(trained, 'answer')}, each with {_score_of(rows)}."
     if material == "groups":

@@ -12,6 +12,7 @@ DASH = "–"
 """Stands for what was not measured."""
 TRAINED_ROWS: dict[Material, str] = {
     "pairs": "pairs",
+    "judged": "judged answers",
     "samples": "scored answers",
     "groups": "groups of answers",
     "accepted": "passing answers",

@@ -36,7 +36,13 @@ Format: TypeAlias = Literal["table", "csv", "json"]
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failure": "[red]✗[/]"}
 
 
-UPDATE_ROWS = {"pairs": "pairs", "samples": "scored answers", "groups": "groups", "accepted": "accepted answers"}
+UPDATE_ROWS = {
+    "pairs": "pairs",
+    "judged": "judged answers",
+    "samples": "scored answers",
+    "groups": "groups",
+    "accepted": "accepted answers",
+}
 """What an update's rows are, by `trainers.feedback.training_data.Material`."""
 
 

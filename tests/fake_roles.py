@@ -64,7 +64,7 @@ from trainers.feedback.trade_offs import TradeOffs
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
 from trainers.loop_state import STAGES
-from trainers.losses import load_loss
+from trainers.losses import kto, load_loss
 from trainers.progress import Silent, StopSignal
 from trainers.ranks.kl_probe import KlReached
 from trainers.training_config import ReferenceWeights
@@ -309,6 +309,7 @@ def applied(weights: Weights, *, row_id: str, epoch: int, chosen: str) -> Weight
 LEARNT_FROM = {
     "dpo": ("pair_id", "chosen"),
     "grpo": ("row_id", "score"),
+    "kto": ("row_id", "desirable"),
     "exo_group": ("row_id", "rewards"),
     "pro": ("row_id", "rewards"),
     "weak_to_strong": ("row_id", "response_token_ids"),
@@ -364,7 +365,8 @@ class FakeLearnerGroup:
             for slot in plan.slots(index):
                 self.weights = applied(self.weights, row_id=slot.row_id, epoch=slot.epoch, chosen=chosen[slot.row_id])
                 self.slots.append((slot.row_id, slot.epoch, slot.step))
-            reports.append(step_report(index, epoch=step.epoch, optimizer_step=self._num_steps))
+            report = step_report(index, epoch=step.epoch, optimizer_step=self._num_steps)
+            reports.append(replace(report, metrics=side_ratio(table, loss_config)))
             self._num_steps += 1
             self._reach("step", 1)
         slots = tuple(slot for index in range(len(reports)) for slot in plan.slots(index))
@@ -450,6 +452,16 @@ class FakeRewardGroup:
         body = json.loads((path / "reward.json").read_text())
         self.weights = tuple(float.fromhex(w) for w in body["weights"])
         self.slots = [(row_id, epoch, step) for row_id, epoch, step in body["slots"]]
+
+
+def side_ratio(table: pa.Table, loss_config: Config) -> dict[str, float]:
+    """Return what kto says of how it weighs the two sides of a table whose rows all weigh 1; {} of other losses."""
+    if not isinstance(loss_config, kto.Config):
+        return {}
+    thumbs = table.column("desirable").to_pylist()
+    num_good, num_bad = thumbs.count(True), thumbs.count(False)
+    good, bad = kto.side_weights(loss_config, num_desirable=num_good, num_undesirable=num_bad)
+    return {"side_ratio": good * num_good / (bad * num_bad)} if num_good and num_bad else {}
 
 
 def step_report(step: int = 0, *, epoch: int = 0, optimizer_step: int = 0) -> StepReport:
@@ -551,6 +563,8 @@ class Settings:
     reward: RewardConfig | None = None
     """A reward model's, with whose scores the learner is trained by grpo; None: by `loss`."""
     loss: str = "dpo"
+    loss_config: Config | None = None
+    """Its settings; None: its own defaults."""
     kl_budget: KlBudget = field(default_factory=KlBudget)
     step_s: float = 0.0
     """How long the learner group takes for a step."""
@@ -717,7 +731,7 @@ def _driver_config(settings: Settings) -> DriverConfig:
         ),
         batch=BatchConfig(
             loss=(loss := settings.loss if settings.reward is None else "grpo"),
-            loss_config=load_loss(loss).Config(),
+            loss_config=settings.loss_config or load_loss(loss).Config(),
             preferences=settings.preferences,
             selection=settings.selection,
             objectives=settings.objectives,

@@ -112,6 +112,9 @@ def told_of_its_step(batch: B, loss: Loss, config: Config) -> B:
         )
     else:
         batch = replace(batch, global_weight=float(batch.weights.sum()))
+    if isinstance(batch, UnpairedBatch):
+        good, bad = batch.sides()
+        batch = replace(batch, num_desirable=good, num_undesirable=bad)
     if isinstance(batch, PairBatch):
         assert batch.weights is not None
         batch = replace(batch, global_chosen_tokens=float((batch.weights * batch.chosen_lengths).sum()))

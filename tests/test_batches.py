@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from benchmarks.training_step import made_up_pairs
 from trainers.batches import TrainingPlan, lay_out, micro_batches, pair_rows, sequence_rows, token_rows
 
+THREE = [([7, 8, 9], [20, 21], [30, 31]), ([10, 11], [22, 23], [34]), ([12], [26, 2], [35])]
+"""Pairs: prompt, chosen, rejected."""
+
 
 def pair_table(pairs: list[tuple[list[int], list[int], list[int]]], **columns: list[float]) -> pa.Table:
     prompts, chosen, rejected = zip(*pairs, strict=True)
@@ -206,6 +209,29 @@ def test_a_pair_batch_sums_the_log_probs_of_each_response() -> None:
     assert batch.margins.tolist() == [0.5, 0.25]
 
 
+def test_noise_that_no_row_states_is_not_known() -> None:
+    def noise(values: list[float]) -> torch.Tensor | None:
+        rows = pair_rows(pair_table(THREE, noise=values))
+        padded = rows.pad([0, 1, 2])
+        return rows.batch(
+            [0, 1, 2],
+            logprobs=torch.zeros(padded.mask.shape),
+            mask=padded.mask,
+            totals=rows.totals([0, 1, 2]),
+            reference=torch.zeros(3, 2),
+        ).noise
+
+    assert noise([0.0, 0.0, 0.0]) is None
+    found = noise([0.0, 0.25, 0.0])
+    assert found is not None
+    assert found.tolist() == [0.0, 0.25, 0.0]
+
+
+def test_a_label_that_tells_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"row 1 has a noise of 0\.5 or more"):
+        pair_rows(pair_table(THREE, noise=[0.1, 0.5, 0.0]))
+
+
 def test_targets_of_a_document_are_its_response_or_its_loss_mask() -> None:
     columns = {"prompt_token_ids": [[1, 2], []], "response_token_ids": [[3, 4], [5, 6, 7]]}
     plain = token_rows(pa.table(columns)).pad([0, 1])
@@ -213,6 +239,28 @@ def test_targets_of_a_document_are_its_response_or_its_loss_mask() -> None:
     assert plain.mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
     masked = token_rows(pa.table({**columns, "loss_mask": [[1, 1, 0, 1], [1, 0, 1]]})).pad([0, 1])
     assert masked.mask.int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0]]
+
+
+def test_flagged_tokens_reach_the_batch_with_their_count_over_the_step() -> None:
+    table = pa.table(
+        {
+            "prompt_token_ids": [[1, 2], [3]],
+            "response_token_ids": [[4, 5, 6], [7, 8]],
+            "flagged": [[False, True, True], [True, False]],
+            "weight": [2.0, 1.0],
+        }
+    )
+    rows = token_rows(table)
+    padded = rows.pad([1, 0])
+    totals = rows.totals([0, 1])
+    batch = rows.batch([1, 0], logprobs=torch.zeros(padded.mask.shape), mask=padded.mask, totals=totals)
+    assert batch.flagged is not None
+    assert batch.flagged.tolist() == [[False, True, False, False, False], [False, False, False, True, True]]
+    assert batch.global_flagged_tokens == totals.flagged_tokens == 2 * 2 + 1
+    without = token_rows(table.drop_columns(["flagged"]))
+    assert without.batch([0], logprobs=torch.zeros(1, 5), mask=padded.mask[1:], totals=totals).flagged is None
+    with pytest.raises(ValueError, match="flagged: wanted one for each token of the response"):
+        token_rows(table.set_column(2, "flagged", pa.array([[True], [True, False]])))
 
 
 def test_the_dummy_of_a_rank_without_rows_weighs_nothing() -> None:

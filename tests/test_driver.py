@@ -26,6 +26,7 @@ from tests.fake_roles import DOMAIN, RUN, FakeCritic, FakeRun, Settings, fake_ru
 from trainers.driver import Stopped
 from trainers.kl import KlBudget
 from trainers.loop_state import STAGES, Rollouts
+from trainers.losses import kto
 from trainers.progress import Silent, StopSignal
 from trainers.summary import read_metrics
 from trainers.training_group import TrainingPlan
@@ -628,6 +629,53 @@ def test_a_loss_of_groups_or_labels_is_given_them_and_how_far_the_run_is(
         assert metrics.pairs_trained == len(plan.row_ids) > 0
         # The first of two iterations is the first half of the training.
         assert plan.training == ((iteration - 1) / 2, iteration / 2)
+
+
+def test_kto_is_given_every_judged_answer_once_with_its_thumb(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(loss="kto"))
+    for iteration, (plan, metrics) in enumerate(zip(run.group.plans, read_metrics(tmp_path / RUN), strict=True), 1):
+        verdicts = records(tmp_path / RUN, "verdicts", iteration=iteration)
+        texts = {r.response_id: (r.query_id, r.text) for r in records(tmp_path / RUN, "responses", iteration=iteration)}
+        labels: dict[tuple[str, str], set[str]] = {}
+        for verdict in verdicts:
+            if verdict.label is not None:
+                labels.setdefault(texts[verdict.response_id], set()).add(verdict.label)
+        by_query: dict[str, set[str]] = {}
+        for (query, _), said in labels.items():
+            by_query.setdefault(query, set()).update(said)
+        # Queries whose answers all pass or all fail are there too, which give no pair.
+        assert any(len(said) == 1 for said in by_query.values())
+        dropped = metrics.pairs_dropped
+        trained = [texts[row] for row in plan.row_ids]
+        assert len(set(trained)) == len(trained)
+        assert set(trained) <= set(labels)
+        num_judged = sum(verdict.label is not None for verdict in verdicts)
+        lost = dropped.get("duplicate", 0) + dropped.get("flaw_in_passing", 0)
+        assert len(trained) == num_judged - lost == metrics.pairs_trained
+        assert metrics.material == "judged"
+        left_out = records(tmp_path / RUN, "left_out", iteration=iteration)
+        assert len(left_out) == lost
+        assert metrics.training["side_ratio"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_sides_that_are_weighed_unlike_the_papers_advice_are_told_of_once(
+    is_told: bool, blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
+    config = kto.Config(desirable_weight=1.0, undesirable_weight=50.0) if is_told else kto.Config()
+    run_once(tmp_path / RUN, blank, Settings(loss="kto", loss_config=config))
+    found = [note for note in notes if "the good answers weigh" in note]
+    ratio = read_metrics(tmp_path / RUN)[0].training["side_ratio"]
+    assert found == (
+        [
+            f"warning: in iteration 1 the good answers weigh {ratio:.2f} times as much as the bad, wanted 1 to 1.33: "
+            "leave out loss.desirable_weight or loss.undesirable_weight to balance them"
+        ]
+        if is_told
+        else []
+    )
 
 
 def test_an_update_that_its_kl_budget_ends_is_told_and_counted(

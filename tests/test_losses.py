@@ -39,6 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pro", {"unit_gaps": True}),
     ("modpo", {"weights": [0.7, 0.3]}),
     ("kto", {"desirable_weight": 1.5}),
+    ("kto", {"desirable_weight": 1.0, "undesirable_weight": 1.0}),
     ("bradley_terry", {"centring": 0.01}),
     ("weak_to_strong", {"ramp": "released", "max_alpha": 1.0}),
     ("token_noise", {"weighting": "probability"}),
@@ -314,6 +315,6 @@ def test_an_unknown_loss_is_answered_with_those_that_exist_and_the_nearest() -> 
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load_loss(name).batch in (PairBatch, UnpairedBatch)])
-def test_a_run_takes_every_loss_that_learns_from_pairs(name: str) -> None:
+def test_a_run_takes_every_loss_that_learns_from_pairs_or_thumbs(name: str) -> None:
     objectives = [("objectives.weights", "[0.5, 0.5]")] if name == "modpo" else []  # it trades the pairs' for others
     assert load_run_config([], flags=[("loss.kind", name), *objectives]).loss.kind == name

@@ -296,7 +296,7 @@ def test_kto_of_a_good_and_a_bad_row() -> None:
     output = kto.loss(batch, kto.Config())
     assert output.loss.item() == pytest.approx((0.480011 + 0.482507) / 2, abs=1e-6)
     assert output.metrics["reference_point"].item() == pytest.approx(0.2)
-    good = kto.loss(batch, kto.Config(desirable_weight=2.0))
+    good = kto.loss(batch, kto.Config(desirable_weight=2.0, undesirable_weight=1.0))
     assert good.loss.item() == pytest.approx((2 * 0.480011 + 0.482507) / 2, abs=1e-6)
 
 

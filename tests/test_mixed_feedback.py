@@ -529,6 +529,8 @@ def test_a_run_without_a_mix_is_the_run_that_it_was(blank: Path, tmp_path: Path)
          "labels say nothing of how often the critic errs"),
         ('preferences.mix = { noise = "none" }\n[loss]\nkind = "sft"\n',
          'a.toml:1: preferences.mix: got it with loss.kind = "sft", wanted a loss of pairs, such as cdpo'),
+        ('preferences.mix = { noise = "none" }\n[loss]\nkind = "kto"\n',
+         'a.toml:1: preferences.mix: got it with loss.kind = "kto", wanted a loss of pairs, such as cdpo'),
         ("[oversight]\nbudget = 0.0\ncalibration = 0.5\n",
          "a.toml:3: oversight.calibration: got 0.5 with oversight.budget = 0, wanted a budget above 0: it is a "
          "share of it"),

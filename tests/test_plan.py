@@ -521,7 +521,13 @@ def test_a_loss_of_groups_is_given_a_row_for_each_query(loss: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("loss", "material"),
-    [("rloo", "samples"), ("sft", "accepted"), ("weak_to_strong", "accepted"), ("forward_correction", "accepted")],
+    [
+        ("rloo", "samples"),
+        ("kto", "judged"),
+        ("sft", "accepted"),
+        ("weak_to_strong", "accepted"),
+        ("forward_correction", "accepted"),
+    ],
 )
 def test_a_loss_of_answers_is_given_all_that_are_sampled_at_most(loss: str, material: str, tmp_path: Path) -> None:
     flags = (f"loss.kind={loss}", "loop.queries_per_iteration=10", "rollouts.sampling.num_samples=5", "loop.epochs=1")

@@ -727,6 +727,8 @@ def test_pairs_that_nobody_sampled_are_left_alone_by_the_correction_of_others() 
     [
         ('[refinement]\nkind = "claim_revision"\n[loss]\nkind = "sft"\n',
          'a.toml:2: refinement.kind: got "claim_revision" with loss.kind = "sft", wanted a loss of pairs, such as dpo'),
+        ('[refinement]\nkind = "claim_revision"\n[loss]\nkind = "kto"\n',
+         'a.toml:2: refinement.kind: got "claim_revision" with loss.kind = "kto", wanted a loss of pairs, such as dpo'),
         ('[refinement]\nkind = "detect_critique_refine"\n[oversight]\nkind = "shuffled"\n[loss]\nkind = "dpo"\n',
          'a.toml:2: refinement.kind: got "detect_critique_refine" with oversight.kind = "shuffled", wanted escalation '
          "or single: the fixes are the critic's, so that the control would learn from what the critic wrote"),

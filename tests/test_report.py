@@ -392,7 +392,7 @@ def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
         *("in no pair", "in no pair"),
     ]
     # Without pairs every judged answer, or every one that passes, was trained on.
-    for material in ("samples", "groups"):
+    for material in ("judged", "samples", "groups"):
         scored = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material=material).live}
         assert Counter(scored.values()) == {"trained on": 7, "unjudged": 3}
     accepted = {answer.response_id: answer.fate for answer in read_journal(tmp_path, material="accepted").live}
@@ -413,6 +413,7 @@ def test_an_answer_in_no_pair_says_why(tmp_path: Path) -> None:
     ("material", "says", "fact"),
     [
         ("samples", "trained on 180 answers, each with the score of its verdict", "Scored answers trained"),
+        ("judged", "trained on 180 judged answers, good or bad by themselves", "Judged answers trained"),
         ("groups", "trained on 180 groups of judged answers", "Groups of answers trained"),
         ("accepted", "trained on 180 answers that passed", "Passing answers trained"),
     ],

@@ -197,6 +197,9 @@ def test_a_run_leaves_out_pairs_of_large_loss_from_its_second_iteration_on(blank
         ('[selection]\ndrop = 0.1\n[loss]\nkind = "grpo"\n',
          'a.toml:2: selection.drop: got 0.1 with loss.kind = "grpo", wanted 0, or a loss of pairs or of tokens: '
          "samples are compared within their group, which must be whole"),
+        ('[selection]\ndrop = 0.1\n[loss]\nkind = "kto"\n',
+         'a.toml:2: selection.drop: got 0.1 with loss.kind = "kto", wanted 0, or a loss of pairs or of tokens: '
+         "how likely a response is does not tell whether it was called bad by mistake"),
         ("[selection]\ndrop = 1\n", "a.toml:2: selection.drop: got 1, wanted less than 1"),
     ],
 )  # fmt: skip

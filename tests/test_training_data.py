@@ -23,12 +23,14 @@ from trainers.feedback.training_data import (
     material_of,
     of_accepted,
     of_groups,
+    of_judged,
     of_pairs,
     of_samples,
     reads_spans,
 )
 from trainers.group_rows import group_rows
 from trainers.losses import load_loss, relc
+from trainers.unpaired_rows import unpaired_rows
 
 ANSWERS = ((0.9, "a"), (0.9, "a"), (0.1, "b"), (None, "c"))
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}
@@ -54,7 +56,8 @@ def test_every_loss_is_told_what_it_learns_from_or_that_no_iteration_makes_it() 
     assert {name for name, material in found.items() if material == "samples"} == {
         "ppo", "relc", "grpo", "rloo", "reinforce_pp",
     }  # fmt: skip
-    assert {found[name] for name in ("dpo", "cdpo", "rdpo", "ipo", "exo", "rso", "kto")} == {"pairs"}
+    assert {found[name] for name in ("dpo", "cdpo", "rdpo", "ipo", "exo", "rso")} == {"pairs"}
+    assert {name for name, material in found.items() if material == "judged"} == {"kto"}
     accepted = ("sft", "token_noise", "span_noise", "gce", "weak_to_strong", "forward_correction")
     assert {found[name] for name in accepted} == {"accepted"}
     assert {name for name, material in found.items() if material == "groups"} == {"pro", "exo_group"}
@@ -127,6 +130,9 @@ def test_what_could_have_been_a_row_and_is_none_is_left_out() -> None:
     accepted = of_accepted(judged, verdicts, **FRESH)
     assert accepted.response_ids == ("r0",)
     assert names(accepted, "accepted") == ["r1"]
+    thumbs = of_judged(judged, verdicts, **FRESH)
+    assert thumbs.response_ids == ("r0", "r2")
+    assert names(thumbs, "judged") == ["r1"]
     groups = of_groups(judged, verdicts, version=0, max_age=0, equals=True)
     assert groups.response_ids == ("r0", "r2")
     assert names(groups, "groups") == ["r1"]
@@ -210,11 +216,86 @@ def test_a_groups_age_is_that_of_its_oldest_response() -> None:
     assert data.dropped == {"stale": 1}
 
 
+def judged_of(*answers: tuple[str, str, float | None], sources: Sequence[str] = ()) -> TrainingData:
+    """Judge answers of one query each: its id, a text, a score."""
+    judged = [make_judged(f"r{i}", 0.5, query_id=query, text=text) for i, (query, text, _) in enumerate(answers)]
+    verdicts = [
+        make_verdict(f"r{i}", score, query_id=query, source=sources[i] if sources else "critic")
+        for i, (query, _, score) in enumerate(answers)
+    ]
+    return of_judged(judged, verdicts, **FRESH)
+
+
+def thumbs_of(data: TrainingData) -> dict[str, bool]:
+    return dict(zip(data.row_ids, data.table.column("desirable").to_pylist(), strict=True))
+
+
+def test_every_judged_answer_has_a_thumb_also_of_queries_that_all_pass_or_all_fail() -> None:
+    data = judged_of(
+        ("q0", "a", 0.9), ("q0", "b", 0.5), ("q1", "a", 0.1), ("q1", "b", 0.4), ("q2", "a", 0.8), ("q2", "b", 0.2),
+        ("q2", "c", None),
+    )  # fmt: skip
+    assert thumbs_of(data) == {"r0": True, "r1": True, "r2": False, "r3": False, "r4": True, "r5": False}
+    assert data.places == ("0/0", "0/1", "1/2", "1/3", "2/4", "2/5")
+    assert data.response_ids == data.row_ids
+    assert data.dropped == {"unjudged": 1}
+    rows = unpaired_rows(data.table)
+    assert rows.desirable.tolist() == [True, True, False, False, True, False]
+    assert rows.documents.weights.tolist() == [1.0] * 6
+    assert rows.documents.token_ids[1].tolist() == [1, 2, 3, ord("b"), 0]
+    assert rows.rollout_logprobs is not None
+    assert rows.rollout_logprobs[1][0].tolist() == [-0.5, -0.5]
+
+
+def test_a_texts_thumb_is_what_its_verdicts_say_on_average_or_the_experts() -> None:
+    answers = (("q0", "2 + 2 = 4", 0.9), ("q0", " 2 + 2  = 4\n", 0.3), ("q0", "5", 0.1))
+    data = judged_of(*answers)
+    # (0.9 + 0.3) / 2 = 0.6
+    assert (thumbs_of(data), data.dropped) == ({"r0": True, "r2": False}, {"duplicate": 1})
+    # The tokens are those of a copy that was judged so itself.
+    asked = judged_of(*answers, sources=("critic", "expert", "critic"))
+    assert thumbs_of(asked) == {"r1": False, "r2": False}
+    # The same text answers another query anew.
+    assert thumbs_of(judged_of(("q0", "4", 0.9), ("q1", "4", 0.1))) == {"r0": True, "r1": False}
+
+
+def test_a_bad_answer_is_learnt_up_to_its_flaw_and_a_good_one_whole() -> None:
+    texts = (("r0", "2+2=55, so 56", 6, 0.1), ("r1", "2+2=6", None, 0.1), ("r2", "2+2=4", 5, 0.9))
+    judged = [make_judged(name, score, text=text) for name, text, _, score in texts]
+    verdicts = [make_verdict(name, score, flaw_end=end) for name, _, end, score in texts]
+    cut = of_judged(judged, verdicts, **{**FRESH, "spans": a_token_a_character})
+    assert cut.table.column("response_token_ids").to_pylist() == [
+        [*map(ord, "2+2=55")],
+        [*map(ord, "2+2=6"), 0],
+        [*map(ord, "2+2=4"), 0],
+    ]
+    assert cut.table.column("response_logprobs").to_pylist() == [[-0.5] * 6, [-0.5] * 6, [-0.5] * 6]
+    whole = of_judged(judged, verdicts, **FRESH)
+    assert whole.table.column("response_token_ids").to_pylist()[0] == [*map(ord, "2+2=55, so 56"), 0]
+
+
+def test_a_flaw_is_not_learnt_twice_nor_where_a_good_answer_begins_with_it() -> None:
+    texts = (("r0", "4, or 5", 1, 0.1), ("r1", "4", None, 0.9), ("r2", "55, so 5", 2, 0.1), ("r3", "55, or 6", 2, 0.1))
+    judged = [make_judged(name, score, text=text) for name, text, _, score in texts]
+    verdicts = [make_verdict(name, score, flaw_end=end) for name, _, end, score in texts]
+    data = of_judged(judged, verdicts, **{**FRESH, "spans": a_token_a_character})
+    assert thumbs_of(data) == {"r1": True, "r2": False}
+    assert data.dropped == {"flaw_in_passing": 1, "duplicate": 1}
+
+
+def test_a_thumb_has_the_age_of_its_sample() -> None:
+    judged = [make_judged("r0", 0.9), aged(make_judged("r1", 0.1), "v-2"), aged(make_judged("r2", 0.4), "v-3")]
+    verdicts = [make_verdict("r0", 0.9), make_verdict("r1", 0.1), make_verdict("r2", 0.4)]
+    data = of_judged(judged, verdicts, version=0, max_age=2, spans=None)
+    assert data.table.column("age").to_pylist() == [0, 2]
+    assert data.dropped == {"stale": 1}
+
+
 def grouped(judged: Sequence[Judged], verdicts: Sequence[Verdict], **settings: Any) -> TrainingData:
     return of_groups(judged, verdicts, version=settings["version"], max_age=settings["max_age"], equals=True)
 
 
-@pytest.mark.parametrize("make", [of_samples, of_accepted, grouped])
+@pytest.mark.parametrize("make", [of_samples, of_judged, of_accepted, grouped])
 def test_nothing_judged_is_no_data(make: Any) -> None:
     data: TrainingData = make([make_judged("r0")], [make_verdict("r0", None)], **FRESH)
     assert (data.row_ids, data.dropped) == ((), {"unjudged": 1})

@@ -17,16 +17,17 @@ from cluster.weights import iter_tensors
 from tests.one_loop import Loop
 from tests.tiny_models import write_llama
 from trainers.logprobs import token_logprobs
-from trainers.losses import PairBatch, UnpairedBatch, gce, kto, load_loss, span_noise, token_noise
+from trainers.losses import PairBatch, gce, kto, load_loss, span_noise, token_noise
 from trainers.run_config import load_run_config
 from trainers.training_config import ReferenceWeights
 from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup, TrainingPlan, UpdateReport
+from trainers.unpaired_rows import partners
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
 T = TypeVar("T")
 IDS = [f"p{i:02d}" for i in range(10)]
-PAIR_LOSSES = [name for name in plugin_names("trainers.losses") if load_loss(name).batch in (PairBatch, UnpairedBatch)]
+PAIR_LOSSES = [name for name in plugin_names("trainers.losses") if load_loss(name).batch is PairBatch]
 NOISE, MARGIN = 0.2, 0.3
 FLAGS = {"dpo": (("loss.nll_weight", "0"),), "modpo": (("objectives.weights", "[0.5, 0.5]"),)}
 """A run's dpo has an NLL term unless it is told otherwise, and its modpo wants to know of what objectives."""
@@ -65,6 +66,21 @@ def pair_table() -> pa.Table:
             "weight": [0.5 + generator.random() for _ in IDS],
             "noise": [NOISE] * len(IDS),
             "margin": [MARGIN] * len(IDS),
+        }
+    )
+
+
+def thumbs_table() -> pa.Table:
+    """Seven up and three down; two and three rows have a prompt in common."""
+    pairs = pair_table()
+    prompts, responses = (pairs.column(f"{name}_token_ids").to_pylist() for name in ("prompt", "chosen"))
+    return pa.table(
+        {
+            "row_id": IDS,
+            "prompt_token_ids": [prompts[{6: 0, 7: 1, 8: 1}.get(row, row)] for row in range(len(IDS))],
+            "response_token_ids": responses,
+            "desirable": [row not in (0, 4, 7) for row in range(len(IDS))],
+            "weight": pairs.column("weight"),
         }
     )
 
@@ -129,7 +145,7 @@ async def train(
     run = load_run_config([], flags=[("loss.kind", name), *FLAGS.get(name, ())])
     plan = TrainingPlan.of(IDS, batch_size=5, epochs=2, seed=0)
     await group.reopen(config=config, source=source)
-    given = pair_table() if table is None else table
+    given = (thumbs_table() if name == "kto" else pair_table()) if table is None else table
     report = await group.update(
         given, loss=run.loss.kind, loss_config=run.loss, plan=plan, reference_weights=reference_weights
     )
@@ -147,7 +163,6 @@ FIRST_LOSS = {
     "ipo": 25.0,
     "rso": 1.0,
     "modpo": math.log1p(math.exp(MARGIN)),
-    "kto": 0.5,
 }
 
 
@@ -165,6 +180,32 @@ def test_a_loss_named_in_a_toml_trains_pairs_alike_on_one_rank_and_on_two(
     for one, other in zip(report.steps, two.steps, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
         assert one.metrics == pytest.approx(other.metrics, abs=1e-4)
+
+
+def test_thumbs_train_alike_on_one_rank_and_on_two(
+    loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource
+) -> None:
+    columns = thumbs_table().to_pydict()
+    thumbs = list(zip(columns["weight"], columns["desirable"], strict=True))
+    num_good, num_bad = (math.fsum(weight for weight, thumb in thumbs if thumb is side) for side in (True, False))
+    rows = TrainingPlan.of(IDS, batch_size=5, epochs=2, seed=0).steps[0].rows
+    assert {columns["desirable"][row] for row in rows} == {True, False}
+    # Seven up and three down: the bad ones weigh more. At the reference every row costs a half.
+    assert num_good > num_bad
+    costs = [thumbs[row][0] * (1.0 if thumbs[row][1] else num_good / num_bad) / 2 for row in rows]
+    report, weights = loop.run(train(groups[1], source=source, config=settings(1), name="kto"))
+    assert report.steps[0].loss == pytest.approx(sum(costs) / sum(thumbs[row][0] for row in rows), abs=1e-5)
+    assert report.staleness == pytest.approx({"num_desirable": num_good, "num_undesirable": num_bad})
+    assert [step.metrics["side_ratio"] for step in report.steps] == pytest.approx([1.0] * 4, abs=1e-5)
+    assert [step.applied for step in report.steps] == [True] * 4
+    assert sum(step.loss for step in report.steps[2:]) < sum(step.loss for step in report.steps[:2])
+    packed = settings(1).model_copy(update={"packing": True})
+    for group, config in ((groups[2], settings(2, micro_batch_tokens=40)), (groups[1], packed)):
+        again, same = loop.run(train(group, source=source, config=config, name="kto"))
+        assert max(float((weights[key] - same[key]).abs().max()) for key in weights) <= 1e-6
+        for one, other in zip(report.steps, again.steps, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
+            assert one.metrics == pytest.approx(other.metrics, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["exo_group", "pro", "weak_to_strong", "forward_correction"])
@@ -190,11 +231,11 @@ def test_a_loss_of_groups_or_labels_named_in_a_toml_trains_alike_on_one_rank_and
 
 
 @pytest.mark.parametrize("name", ["kto", "exo_group"])
-def test_the_runs_first_weights_are_the_reference_of_mismatched_pairs_and_of_groups_too(
+def test_the_runs_first_weights_are_the_reference_of_mismatched_rows_and_of_groups_too(
     loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
 ) -> None:
     """The first update begins at them, so both references are the same."""
-    table = group_table() if name == "exo_group" else pair_table()
+    table = group_table() if name == "exo_group" else thumbs_table()
     reports = []
     for reference_weights in get_args(ReferenceWeights):
         training = train(
@@ -343,11 +384,11 @@ def test_kto_measures_its_reference_point_on_other_rows_responses(
     """The second step's z0 by hand: its weights are published after the first, and nothing else is known of them."""
     from transformers import AutoModelForCausalLM
 
-    # All pairs in each step, and the good weigh far more: responses become likelier whatever they answer, so that the
+    # All rows in each step, and the good weigh far more: responses become likelier whatever they answer, so that the
     # second step's z0 is not cut off at 0.
     config = kto.Config(desirable_weight=20.0, undesirable_weight=0.05)
     plan = TrainingPlan.of(IDS, batch_size=10, epochs=2, seed=0)
-    table = pair_table()
+    table = thumbs_table()
 
     async def call() -> tuple[UpdateReport, dict[str, torch.Tensor]]:
         training = settings(2, micro_batch_tokens=40, learning_rate=1e-3)
@@ -367,16 +408,19 @@ def test_kto_measures_its_reference_point_on_other_rows_responses(
     rows = plan.steps[1].rows
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     total = 0.0
-    for row, other in zip(rows, (*rows[1:], rows[0]), strict=True):
-        for side in ("chosen", "rejected"):
-            prompt = columns["prompt_token_ids"][row]
-            ids = torch.tensor([prompt + columns[f"{side}_token_ids"][other]])
-            policy, reference = (
-                token_logprobs(models[which](input_ids=ids).logits, ids)[0, len(prompt) :].sum().item()
-                for which in ("policy", "reference")
-            )
-            total += columns["weight"][row] * (policy - reference)
-    mean = total / (2 * sum(columns["weight"][row] for row in rows))
+    prompts = [columns["prompt_token_ids"][row] for row in rows]
+    # What is longer than any of the table's sequences is cut.
+    longest = max(len(columns["prompt_token_ids"][row] + columns["response_token_ids"][row]) for row in rows)
+    for place, other in enumerate(partners([tuple(prompt) for prompt in prompts])):
+        prompt, response = prompts[place], columns["response_token_ids"][rows[other]]
+        assert prompts[other] != prompt
+        ids = torch.tensor([(prompt + response)[:longest]])
+        policy, reference = (
+            token_logprobs(models[which](input_ids=ids).logits, ids)[0, len(prompt) :].sum().item()
+            for which in ("policy", "reference")
+        )
+        total += columns["weight"][rows[place]] * (policy - reference)
+    mean = total / sum(columns["weight"][row] for row in rows)
     assert mean > 0.1
     assert report.steps[1].metrics["reference_point"] == pytest.approx(max(0.0, mean), abs=1e-4)
     assert report.steps[0].metrics["reference_point"] == pytest.approx(0.0, abs=1e-6)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainers.advantages import Estimates, Samples
 from trainers.logprobs import sequence_logprobs
-from trainers.losses import PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
+from trainers.losses import PairBatch, ScoreBatch, TokenBatch
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -420,21 +420,6 @@ class PairRows:
             global_chosen_tokens=totals.tokens,
         )
 
-    def unpaired_batch(
-        self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals, reference: Tensor
-    ) -> UnpairedBatch:
-        """Return what an unpaired loss takes: the chosen as desirable, then the rejected as undesirable; 2B rows."""
-        weights = _column(self.weights * self.correction, rows, like=logprobs)
-        lengths = [_column(side, rows, like=logprobs) for side in (self.chosen_lengths, self.rejected_lengths)]
-        return UnpairedBatch(
-            policy=sequence_logprobs(logprobs, mask),
-            reference=reference.T.flatten(),
-            desirable=torch.arange(2 * len(weights), device=logprobs.device) < len(weights),
-            lengths=torch.cat(lengths),
-            weights=weights.repeat(2),
-            global_weight=2 * totals.weight,
-        )
-
     def score_batch(self, rows: Sequence[int], *, scores: Tensor, totals: Totals) -> ScoreBatch:
         """Return what a loss of scores takes, from a reward model's [2B] scores, chosen block then rejected block.
 
@@ -448,39 +433,6 @@ class PairRows:
             targets=None if self.noise is None else 1.0 - _column(self.noise, rows, like=scores),
             weights=_column(self.weights * self.correction, rows, like=scores),
             global_weight=totals.weight,
-        )
-
-    def mismatched(self, rows: Sequence[int]) -> PairRows:
-        """Return, for some rows, each one's prompt with the next one's responses, the last one's with the first's.
-
-        They are numbered from 0, in the order of `rows`. A sequence longer than any of the table's is cut. Of a single
-        row, which has no other, nothing is left but its weight of 0.
-        """
-        limit = int(self.lengths.max())
-        prompts = [self.chosen[row][~self.chosen_masks[row]] for row in rows]
-        sides = []
-        for ids, masks in ((self.chosen, self.chosen_masks), (self.rejected, self.rejected_masks)):
-            responses = [ids[row][masks[row]] for row in (*rows[1:], rows[0])]
-            joined = [np.concatenate(both)[:limit] for both in zip(prompts, responses, strict=True)]
-            shown = [np.arange(len(ids)) >= len(prompt) for ids, prompt in zip(joined, prompts, strict=True)]
-            sides.append((tuple(joined), tuple(shown), np.array([int(mask.sum()) for mask in shown])))
-        (chosen, chosen_masks, chosen_lengths), (rejected, rejected_masks, rejected_lengths) = sides
-        return replace(
-            self,
-            chosen=chosen,
-            rejected=rejected,
-            chosen_masks=chosen_masks,
-            rejected_masks=rejected_masks,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            weights=self.weights[list(rows)] * (len(rows) > 1),
-            noise=None,
-            margins=self.margins[list(rows)],
-            other_margins=None,
-            lengths=np.array([max(map(len, both)) for both in zip(chosen, rejected, strict=True)]),
-            ages=self.ages[list(rows)],
-            rollout_logprobs=None,
-            correction=self.correction[list(rows)],
         )
 
 
@@ -651,14 +603,14 @@ def token_rows(table: pa.Table) -> TokenRows:
     flags = None
     if "flagged" in table.column_names:
         given = _lists(table, "flagged")
-        _refuse_rows(given.lengths != responses.lengths, table, "flagged: wanted one for each token of the response")
+        refuse_rows(given.lengths != responses.lengths, table, "flagged: wanted one for each token of the response")
         nothing = _Lists(values=np.zeros(int(prompts.lengths.sum()), dtype=np.int64), lengths=prompts.lengths)
         flagged = _joined(nothing, given)
         flags = _Lists(values=flagged.values.astype(np.bool_), lengths=flagged.lengths).rows()
     targets.values[targets.starts[targets.lengths > 0]] = False
     mask_rows = targets.rows()
     num_targets = np.array([np.count_nonzero(mask) for mask in mask_rows], dtype=np.int64)
-    _refuse_rows(num_targets == 0, table, "no token to learn from; drop the row before training")
+    refuse_rows(num_targets == 0, table, "no token to learn from; drop the row before training")
     return TokenRows(
         token_ids=joined.rows(),
         masks=mask_rows,
@@ -678,9 +630,9 @@ def pair_rows(table: pa.Table) -> PairRows:
     prompts = _lists(table, "prompt_token_ids")
     chosen, rejected = _lists(table, "chosen_token_ids"), _lists(table, "rejected_token_ids")
     for name, lists in (("prompt", prompts), ("chosen", chosen), ("rejected", rejected)):
-        _refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop the pair before training")
+        refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop the pair before training")
     noise = _numbers(table, "noise", default=0.0)
-    _refuse_rows(noise >= 0.5, table, "a noise of 0.5 or more: its label tells nothing, or the opposite; drop the pair")
+    refuse_rows(noise >= 0.5, table, "a noise of 0.5 or more: its label tells nothing, or the opposite; drop the pair")
     return PairRows(
         chosen=_joined(prompts, chosen).rows(),
         rejected=_joined(prompts, rejected).rows(),
@@ -693,7 +645,7 @@ def pair_rows(table: pa.Table) -> PairRows:
         noise=noise if noise.any() else None,
         margins=_numbers(table, "margin", default=0.0, least=-1.0),
         lengths=prompts.lengths + np.maximum(chosen.lengths, rejected.lengths),
-        ages=_ages(table),
+        ages=ages_of(table),
         rollout_logprobs=_rollout_logprobs(table, chosen=chosen, rejected=rejected),
         correction=np.ones(len(prompts.lengths)),
         other_margins=_other_margins(table),
@@ -714,13 +666,13 @@ def sample_rows(table: pa.Table) -> SampleRows:
     """
     prompts, responses = _lists(table, "prompt_token_ids"), _lists(table, "response_token_ids")
     for name, lists in (("prompt", prompts), ("response", responses)):
-        _refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop it before training")
+        refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop it before training")
     documents = token_rows(table)
     columns: Any = {name: table.column(name) for name in ("score", "query_id") if name in table.column_names}
     for name in {"score", "query_id"} - columns.keys():
         raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
     scores: Floats = columns["score"].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
-    _refuse_rows(np.isinf(scores), table, "an infinite score")
+    refuse_rows(np.isinf(scores), table, "an infinite score")
     _, groups = np.unique(np.array(columns["query_id"].to_pylist(), dtype=np.str_), return_inverse=True)
     given = {
         name: _response_numbers(table, name, prompts, responses)
@@ -732,7 +684,7 @@ def sample_rows(table: pa.Table) -> SampleRows:
         scores=scores,
         groups=groups.astype(np.int64),
         ended=np.array([True] * table.num_rows if reasons is None else [reason == "stop" for reason in reasons]),
-        ages=_ages(table),
+        ages=ages_of(table),
         rollout_logprobs=given["response_logprobs"],
         reference_logprobs=given["reference_logprobs"],
         segment_rewards=given["segment_rewards"],
@@ -744,7 +696,7 @@ def _response_numbers(table: pa.Table, name: str, prompts: _Lists, responses: _L
     if name not in table.column_names or table.column(name).null_count:
         return None
     found = _lists(table, name)
-    _refuse_rows(found.lengths != responses.lengths, table, f"{name}: wanted one for each token of the response")
+    refuse_rows(found.lengths != responses.lengths, table, f"{name}: wanted one for each token of the response")
     shape = table.num_rows, int((prompts.lengths + responses.lengths).max(initial=1))
     return _aligned(found.rows(), _responses_of(prompts, responses).rows(), shape=shape)
 
@@ -759,12 +711,17 @@ def _aligned(
     return torch.from_numpy(out)
 
 
-def _ages(table: pa.Table) -> Ids:
+def ages_of(table: pa.Table) -> Ids:
+    """Return (rows,) how many versions each row's samples are behind the weights to be trained; 0 where none is said.
+
+    Raises:
+        ValueError: an age below 0.
+    """
     if "age" not in table.column_names:
         return np.zeros(table.num_rows, dtype=np.int64)
     column: Any = table.column("age")
     ages: Ids = column.fill_null(0).to_numpy().astype(np.int64)
-    _refuse_rows(ages < 0, table, "an age below 0: its samples are newer than the weights that it is to train")
+    refuse_rows(ages < 0, table, "an age below 0: its samples are newer than the weights that it is to train")
     return ages
 
 
@@ -781,7 +738,7 @@ def _rollout_logprobs(table: pa.Table, *, chosen: _Lists, rejected: _Lists) -> t
     for name, responses in zip(names, (chosen, rejected), strict=True):
         found = _lists(sampled, name)
         wrong = found.lengths != responses.lengths[~missing]
-        _refuse_rows(wrong, sampled, f"{name}: wanted one for each token of the response")
+        refuse_rows(wrong, sampled, f"{name}: wanted one for each token of the response")
         columns.append([values.astype(np.float64) for values in found.rows()])
     rows = zip(*columns, strict=True)
     return tuple(() if unknown else next(rows) for unknown in missing.tolist())
@@ -937,7 +894,7 @@ def _numbers(table: pa.Table, name: str, *, default: float, least: float = 0.0) 
         return np.full(table.num_rows, default)
     values = table.column(name).to_numpy().astype(np.float64)
     bad = ~(np.isfinite(values) & (values >= least))
-    _refuse_rows(bad, table, f"a {name} that is not a finite number >= {least:g}")
+    refuse_rows(bad, table, f"a {name} that is not a finite number >= {least:g}")
     return values
 
 
@@ -947,13 +904,18 @@ def _other_margins(table: pa.Table) -> Floats | None:
         return None
     found = _lists(table, "other_margins")
     num = int(found.lengths[0])
-    _refuse_rows(found.lengths != num, table, f"other_margins: wanted {num}, as many as the first row")
+    refuse_rows(found.lengths != num, table, f"other_margins: wanted {num}, as many as the first row")
     values: Floats = found.values.astype(np.float64).reshape(table.num_rows, num)
-    _refuse_rows(~np.isfinite(values).all(axis=1).reshape(-1), table, "other_margins that are not finite")
+    refuse_rows(~np.isfinite(values).all(axis=1).reshape(-1), table, "other_margins that are not finite")
     return values
 
 
-def _refuse_rows(bad: npt.NDArray[np.bool_], table: pa.Table, what: str) -> None:
+def refuse_rows(bad: npt.NDArray[np.bool_], table: pa.Table, what: str) -> None:
+    """Check that no row is bad.
+
+    Raises:
+        ValueError: one is; names the first, what it has, and how many there are.
+    """
     if bad.any():
         row = int(np.argmax(bad))
         ids = [name for name in ("pair_id", "row_id") if name in table.column_names]

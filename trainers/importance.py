@@ -32,7 +32,7 @@ class ImportanceConfig(Config):
     kind: Literal["truncate", "mask", "none"] = "truncate"
     """truncate: ratios above `cap` count as `cap`; mask: samples with such a ratio are left out; none."""
     cap: float = Field(default=3.0, ge=1.0)
-    """Greatest ratio of the probabilities, of all tokens of a pair's two responses together."""
+    """Greatest ratio of the probabilities, of all tokens of a row's responses together."""
     applies_to: Literal["stale", "all"] = "stale"
     """stale: to samples of older versions; all: also to samples of the version that is trained, whose ratio is the
     rounding of two engines (bf16)."""

@@ -35,7 +35,8 @@ class TrainingConfig(Config):
     offload: Literal["none", "cpu"] = "none"
     """cpu: optimizer state, and under zero_stage 3 the weights too, lie in the host's memory and are trained there."""
     shared_prompts: bool = False
-    """Compute the prompt of a preference pair once for both responses; the model must take masks of ours (checked)."""
+    """Compute the prompt of a preference pair once for both responses; the model must take masks of ours (checked).
+    Other rows are computed as without it."""
     packing: bool = False
     """Put short sequences of a micro-batch behind one another in rows as long as its longest; the model must tell them
     apart by their positions (checked). Of log-probs: reward models and losses of labels compute padded rows."""

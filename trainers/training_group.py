@@ -82,9 +82,10 @@ class UpdateReport:
     reference_s: float
     """Seconds until the first step: fetching the table and computing reference log-probs."""
     staleness: Mapping[str, float] = field(default_factory=dict)
-    """`importance_mean` (mean factor of the losses), `stale_share` (of the pairs), and the mean |difference| per token
-    in nats between this group's log-probs and the rollout engine's, of pairs sampled by the weights that the update
-    begins from (`rollout_gap`) and of older ones' (`rollout_gap_stale`)."""
+    """`importance_mean` (mean factor of the losses), `stale_share` (of the rows), and the mean |difference| per token
+    in nats between this group's log-probs and the rollout engine's, of rows sampled by the weights that the update
+    begins from (`rollout_gap`) and of older ones' (`rollout_gap_stale`). Of an unpaired loss also `num_desirable` and
+    `num_undesirable`, the sums of the weights of good and of bad rows."""
     kl: KlReached | None = None
     """How far the update has moved the weights; None where nobody asked."""
     stopped_by: Literal["update", "run"] | None = None

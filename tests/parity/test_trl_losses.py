@@ -133,7 +133,13 @@ def test_a_pair_loss_is_trls(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("config", [kto.Config(), kto.Config(beta=0.4, desirable_weight=1.3, undesirable_weight=0.8)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        kto.Config(desirable_weight=1.0, undesirable_weight=1.0),
+        kto.Config(beta=0.4, desirable_weight=1.3, undesirable_weight=0.8),
+    ],
+)
 def test_kto_is_trls(config: kto.Config, seed: int) -> None:
     batch = random_batch(UnpairedBatch, seed=seed, rows=ROWS)
     assert isinstance(batch, UnpairedBatch)

@@ -2,6 +2,7 @@
 
     responses, critiques, verdicts ──► agreeing ──┬─► scored answers (samples)  ◄── reward model, objectives
                                                   ├─► groups
+                                                  ├─► judged answers
                                                   ├─► accepted answers          ──► selection
                                                   └─► pairs  ◄── refined pairs  ──► noise, weight, margins
 
@@ -35,6 +36,7 @@ from trainers.feedback.training_data import (
     material_of,
     of_accepted,
     of_groups,
+    of_judged,
     of_pairs,
     of_samples,
     reads_spans,
@@ -110,6 +112,9 @@ class BatchBuilder:
         elif config.material == "groups":
             equals = learns_from_equals(config.loss)
             data = of_groups(judged, verdicts, version=iteration - 1, max_age=self.max_age, equals=equals)
+        elif config.material == "judged":
+            spans = config.tokens_spanning if config.preferences.cut_at_flaw else None
+            data = of_judged(judged, verdicts, version=iteration - 1, max_age=self.max_age, spans=spans)
         else:
             spans = config.tokens_spanning if reads_spans(config.loss) else None
             data = of_accepted(judged, verdicts, version=iteration - 1, max_age=self.max_age, spans=spans)

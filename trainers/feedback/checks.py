@@ -89,7 +89,12 @@ def selection_problems(
             f"selection.min_agreement: got {selection.min_agreement:g} with critic.judging.num_critiques = "
             f"{num_critiques}, wanted 2 or more of them: one always agrees with itself"
         )
-    if selection.drop and material_of(loss) not in ("pairs", "accepted"):
+    if selection.drop and material_of(loss) == "judged":
+        yield (
+            f'selection.drop: got {selection.drop:g} with loss.kind = "{loss}", wanted 0, or a loss of pairs or of '
+            "tokens: how likely a response is does not tell whether it was called bad by mistake"
+        )
+    elif selection.drop and material_of(loss) not in ("pairs", "accepted"):
         yield (
             f'selection.drop: got {selection.drop:g} with loss.kind = "{loss}", wanted 0, or a loss of pairs or of '
             "tokens: samples are compared within their group, which must be whole"

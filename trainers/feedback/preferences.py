@@ -36,7 +36,8 @@ class PreferenceConfig(Config):
     """Best against worst, second best against second worst, and so on, each response once. A query's pairs of mended
     answers count too: they come after, and reject answers that are in no pair yet."""
     cut_at_flaw: bool = True
-    """Train against a rejected response only up to the end of the first flaw that the critique quotes."""
+    """Train against a rejected response, or a bad one that is in no pair (kto), only up to the end of the first flaw
+    that the critique quotes."""
     mix: MixConfig | None = None
     """How pairs of critic and experts are weighed against each other; None: alike, whoever judged."""
 

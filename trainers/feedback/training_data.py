@@ -1,7 +1,8 @@
 """Owns what an update trains on: an iteration's records as the rows that its loss takes.
 
     a loss of …                       takes
-    pairs, unpaired responses         the preference pairs (trainers.feedback.preferences)
+    pairs                             the preference pairs (trainers.feedback.preferences)
+    unpaired responses                every response with a verdict, each text once per query, good or bad by that
     scored samples (policy gradient)  every response with a score, its verdict's or a reward model's, copies too: they
                                       are the policy's
     groups                            each query with its judged responses, each text once, and their verdicts' scores
@@ -11,9 +12,10 @@
 A loss that reads spans is also told where in a response the critiques found fault.
 
 What gives no row is dropped and counted (SCIENCE §3), by reason: `stale` and `unjudged` as for pairs; of tokens also
-`rejected` and `duplicate`; of groups `duplicate` responses, and queries that are left with one response (`lone`) or
+`rejected` and `duplicate`; of unpaired responses `duplicate`, and bad ones that are cut at a flaw with which a good one
+begins (`flaw_in_passing`); of groups `duplicate` responses, and queries that are left with one response (`lone`) or
 whose scores are all equal, where that teaches nothing (`equal_scores`). Knows no DeepSpeed and no torch: a rank makes
-tensors of the table (trainers.batches, group_rows, label_rows).
+tensors of the table (trainers.batches, group_rows, label_rows, unpaired_rows).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBa
 from trainers.policy_gradient import PolicyLoss
 
 Known = TypeVar("Known")
-Material: TypeAlias = Literal["pairs", "samples", "groups", "accepted"]
+Material: TypeAlias = Literal["pairs", "judged", "samples", "groups", "accepted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +62,10 @@ def material_of(loss: str) -> Material | None:
         ValueError: there is no such loss.
     """
     module = load_loss(loss)
-    if module.batch in (PairBatch, UnpairedBatch):
+    if module.batch is PairBatch:
         return "pairs"
+    if module.batch is UnpairedBatch:
+        return "judged"
     if isinstance(module, PolicyLoss):
         return "samples"
     if module.batch is GroupBatch:
@@ -156,21 +160,17 @@ def of_groups(
         equals: keep also the queries whose responses all have one reward.
     """
     chosen, dropped = _fresh(judged, _with_label(verdicts), version=version, max_age=max_age)
-    queries: defaultdict[str, dict[str, list[tuple[Judged, Verdict]]]] = defaultdict(dict)
-    for item, verdict in chosen:
-        texts = queries[item.query.query_id]
-        texts.setdefault(" ".join(item.response.text.split()), []).append((item, verdict))
     groups: list[list[Judged]] = []
     rewards: list[list[float]] = []
-    for texts in queries.values():
-        scores = [_reward([verdict for _, verdict in copies]) for copies in texts.values()]
-        dropped["duplicate"] += sum(len(copies) - 1 for copies in texts.values())
+    for texts in _by_text(chosen):
+        scores = [_reward([verdict for _, verdict in copies]) for copies in texts]
+        dropped["duplicate"] += sum(len(copies) - 1 for copies in texts)
         if len(texts) < 2:
             dropped["lone"] += 1
         elif len(set(scores)) == 1 and not equals:
             dropped["equal_scores"] += 1
         else:
-            groups.append([copies[0][0] for copies in texts.values()])
+            groups.append([copies[0][0] for copies in texts])
             rewards.append(scores)
     ids = pa.list_(pa.int64())
     responses = [[item.response for item in group] for group in groups]
@@ -191,6 +191,48 @@ def of_groups(
         response_ids=tuple(row.response_id for group in responses for row in group),
         dropped={reason: num for reason, num in dropped.items() if num},
     )
+
+
+def of_judged(
+    judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int, spans: TokensSpanning | None
+) -> TrainingData:
+    """Return the responses that have a verdict, each text once for a query, with what it says: good or bad.
+
+    Responses that differ in white space alone are one. It is good where the mean score of their verdicts, of experts'
+    alone where there are any, is 1/2 or more; its tokens are those of the first whose own verdict says the same. The
+    arguments are those of `of_samples`; with `spans` a bad one is cut where the first flaw that the critique quotes
+    ends, as the rejected response of a pair is (trainers.feedback.preferences).
+    """
+    chosen, dropped = _fresh(judged, _with_label(verdicts), version=version, max_age=max_age)
+    kept: list[tuple[Judged, bool, int]] = []
+    for texts in _by_text(chosen):
+        dropped["duplicate"] += sum(len(copies) - 1 for copies in texts)
+        thumbs = [_thumb(copies, spans) for copies in texts]
+        good = [item.response.token_ids for item, is_good, _ in thumbs if is_good]
+        bad: set[tuple[int, ...]] = set()
+        for item, is_good, num_tokens in thumbs:
+            token_ids = item.response.token_ids[:num_tokens]
+            if not is_good and num_tokens < len(item.response.token_ids):
+                if any(other[:num_tokens] == token_ids for other in good):
+                    dropped["flaw_in_passing"] += 1
+                    continue
+                if token_ids in bad:
+                    dropped["duplicate"] += 1
+                    continue
+                bad.add(token_ids)
+            kept.append((item, is_good, num_tokens))
+    cut = [
+        replace(item.response, token_ids=item.response.token_ids[:num], logprobs=item.response.logprobs[:num])
+        for item, _, num in kept
+    ]
+    columns = {
+        **_tokens(cut),
+        "desirable": pa.array([is_good for _, is_good, _ in kept], pa.bool_()),
+        "weight": pa.array([1.0] * len(kept), pa.float64()),
+        "age": pa.array([age_of(row, version=version) for row in cut], pa.int64()),
+        "response_logprobs": pa.array([list(row.logprobs) for row in cut], pa.list_(pa.float64())),
+    }
+    return _data(pa.table(columns), [item for item, _, _ in kept], dropped)
 
 
 def of_accepted(
@@ -248,6 +290,26 @@ def left_out(
         for item in judged
         if (name := item.response.response_id) in known and name not in used
     ]
+
+
+def _by_text(chosen: Sequence[tuple[Judged, Verdict]]) -> list[list[list[tuple[Judged, Verdict]]]]:
+    """Return, for each query, its texts, and of each its copies: responses that differ in white space alone."""
+    queries: defaultdict[str, dict[str, list[tuple[Judged, Verdict]]]] = defaultdict(dict)
+    for item, verdict in chosen:
+        texts = queries[item.query.query_id]
+        texts.setdefault(" ".join(item.response.text.split()), []).append((item, verdict))
+    return [list(texts.values()) for texts in queries.values()]
+
+
+def _thumb(copies: Sequence[tuple[Judged, Verdict]], spans: TokensSpanning | None) -> tuple[Judged, bool, int]:
+    """Return which of one text's copies stands for it, whether it is good, and how many of its tokens are learnt."""
+    is_good = _reward([verdict for _, verdict in copies]) >= 0.5
+    deciding = [copy for copy in copies if copy[1].source == EXPERT] or copies
+    item, verdict = next((copy for copy in deciding if (copy[1].label == PASS) == is_good), deciding[0])
+    token_ids = item.response.token_ids
+    if is_good or spans is None or verdict.flaw_end is None:
+        return item, is_good, len(token_ids)
+    return item, is_good, spans(token_ids, verdict.flaw_end)
 
 
 def _reward(verdicts: Sequence[Verdict]) -> float:

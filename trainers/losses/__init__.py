@@ -218,14 +218,18 @@ class UnpairedBatch:
     lengths: Tensor
     """(B,) response tokens."""
     mismatched_policy: Tensor | None = None
-    """(B,) log-prob of **another** row's response (by a cyclic shift of the step) given this row's prompt, no gradient;
-    None where the step's figures are known already."""
+    """(B,) log-prob of the response to **another** prompt of the step given this row's prompt, no gradient; None where
+    the step's figures are known already."""
     mismatched_reference: Tensor | None = None
     """(B,)"""
     weights: Tensor | None = None
     """None: every row weighs 1."""
     global_weight: float | None = None
     """Sum of the weights over the global batch."""
+    num_desirable: float | None = None
+    """Sum of the weights of the whole **update's** good rows; None: this batch is the update."""
+    num_undesirable: float | None = None
+    """The same of its bad rows; both are told, or neither."""
     step_figures: Tensor | None = None
     """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
 
@@ -233,6 +237,13 @@ class UnpairedBatch:
         """Return (B,) weights; 0 for a row without any response token (G5)."""
         live = (self.lengths > 0).to(self.policy.dtype)
         return live if self.weights is None else live * self.weights
+
+    def sides(self) -> tuple[float, float]:
+        """Return how many of the update's rows are good and how many are bad, each a sum of weights."""
+        if self.num_desirable is not None and self.num_undesirable is not None:
+            return self.num_desirable, self.num_undesirable
+        weights = self.live_weights()
+        return float(weights[self.desirable].sum()), float(weights[~self.desirable].sum())
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the share of the weighted mean over rows."""

@@ -2,8 +2,9 @@
 
 Desirable: lambda_D * (1 - sigmoid(beta * (h - z0))); undesirable: lambda_U * (1 - sigmoid(beta * (z0 - h))), where h =
 log pi - log ref. The reference point z0, an estimate of KL(pi, ref), is max(0, mean h) over **mismatched** pairs: each
-prompt with another row's response, by a cyclic shift within the step. It is one number for the whole step and carries
-no gradient. So a step needs two rows or more, and a first pass over the mismatched (see TwoPassLoss).
+prompt with the response to another one, by a cyclic shift within the step (`trainers.unpaired_rows.partners`). It is
+one number for the whole step and carries no gradient. So a step needs two prompts or more, and a first pass over the
+mismatched (see TwoPassLoss); where no row can be mismatched z0 is 0.
 """
 
 from __future__ import annotations
@@ -21,16 +22,43 @@ if TYPE_CHECKING:
 batch = UnpairedBatch
 uses_reference = True
 
+BEST_RATIO = (1.0, 4 / 3)
+"""Bounds of lambda_D * n_D / (lambda_U * n_U) that the paper recommends, n the numbers of good and of bad rows."""
+
 
 class Config(settings.Config):
     """Settings of KTO."""
 
     beta: float = Field(default=0.1, gt=0.0)
     """Risk aversion: how soon a response that is better than z0 is good enough."""
-    desirable_weight: float = Field(default=1.0, gt=0.0)
-    """lambda_D; lambda_D * n_D / (lambda_U * n_U) is best within 1 to 4/3, n the numbers of rows."""
-    undesirable_weight: float = Field(default=1.0, gt=0.0)
-    """lambda_U."""
+    desirable_weight: float | None = Field(default=None, gt=0.0)
+    """lambda_D; None: what makes lambda_D * n_D = lambda_U * n_U over the update (`side_weights`)."""
+    undesirable_weight: float | None = Field(default=None, gt=0.0)
+    """lambda_U; None: likewise."""
+
+
+def side_weights(config: Config, *, num_desirable: float, num_undesirable: float) -> tuple[float, float]:
+    """Return lambda_D and lambda_U: what is given, and what is not so that lambda_D * n_D = lambda_U * n_U.
+
+    Where neither is given the commoner side weighs 1, the rarer one more. Where one side has no row there is nothing to
+    balance, and what is not given is 1.
+
+    >>> side_weights(Config(), num_desirable=10, num_undesirable=2)
+    (1.0, 5.0)
+
+    Args:
+        config: what is given.
+        num_desirable: n_D, the sum of the weights of an update's good rows.
+        num_undesirable: n_U.
+    """
+    good, bad = config.desirable_weight, config.undesirable_weight
+    if not num_desirable or not num_undesirable:
+        return good or 1.0, bad or 1.0
+    if good is None:
+        good = max(1.0, num_undesirable / num_desirable) if bad is None else bad * num_undesirable / num_desirable
+    if bad is None:
+        bad = good * num_desirable / num_undesirable
+    return good, bad
 
 
 def first_pass(batch: UnpairedBatch, config: Config) -> Tensor:
@@ -45,9 +73,10 @@ def first_pass(batch: UnpairedBatch, config: Config) -> Tensor:
 
 
 def loss(batch: UnpairedBatch, config: Config) -> LossOutput:
-    """Return the KTO loss of rows; `reference_point` is z0 (nats).
+    """Return the KTO loss of rows; `reference_point` is z0 (nats), `side_ratio` lambda_D * n_D / (lambda_U * n_U).
 
-    beta 0.1 and z0 0.2: a desirable row with h = 1 costs 0.480011, an undesirable one with h = -0.5 0.482507.
+    beta 0.1 and z0 0.2: a desirable row with h = 1 costs 0.480011, an undesirable one with h = -0.5 0.482507. An update
+    of one side has no ratio.
     """
     import torch
 
@@ -56,14 +85,17 @@ def loss(batch: UnpairedBatch, config: Config) -> LossOutput:
     point = torch.where(weight > 0, total / weight.clamp(min=1e-12), 0.0).clamp(min=0.0)
     logratios = batch.policy - batch.reference.detach()
     gains = torch.where(batch.desirable, logratios - point, point - logratios)
-    value = batch.mean(
-        torch.where(batch.desirable, config.desirable_weight, config.undesirable_weight)
-        * torch.sigmoid(-config.beta * gains)
-    )
+    num_good, num_bad = batch.sides()
+    good, bad = side_weights(config, num_desirable=num_good, num_undesirable=num_bad)
+    costs = torch.sigmoid(-config.beta * gains)
+    value = batch.mean(torch.where(batch.desirable, good * costs, bad * costs))
     metrics = {
         "preference_loss": value,
         "reference_point": batch.mean(point.expand(len(logratios))),
         "desirable_share": batch.mean(batch.desirable.to(logratios.dtype)),
         "reward_accuracy": batch.mean((gains > 0).to(logratios.dtype)),
     }
+    if num_good and num_bad:
+        ratio = good * num_good / (bad * num_bad)
+        metrics["side_ratio"] = batch.mean(torch.full_like(logratios, ratio))
     return LossOutput(value, {name: metric.detach() for name, metric in metrics.items()})

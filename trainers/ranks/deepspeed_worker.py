@@ -84,6 +84,7 @@ from trainers.ranks.update_start import (
 )
 from trainers.ranks.weights_out import WeightsOut
 from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
+from trainers.unpaired_rows import UnpairedRows
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class _Update:
     reference: Tensor | None
     """[rows, K] fp32: the reference's summed log-probs of a row's responses (update_start.Reference)."""
     mismatched: tuple[Tensor, ...] = ()
-    """Of an unpaired loss, for each step, [its rows, 2] fp32: the same of `PairRows.mismatched`."""
+    """Of an unpaired loss, for each step, [its rows, 1] fp32: the same of `UnpairedRows.mismatched`."""
     probe: KlProbe | None = None
     """None: nobody asks how far it moves the weights."""
 
@@ -315,12 +316,13 @@ class DeepSpeedRank:
         with by_reference():
             if module.uses_reference and reference_weights == "bootstrap":
                 reference = self._passes.reference(rows, plan)
-            if module.batch is UnpairedBatch:
-                assert isinstance(rows, PairRows), "unpaired responses come as pairs"
+            if isinstance(rows, UnpairedRows):
                 mismatched = tuple(
                     self._passes.logprobs_of_rows(rows.mismatched(step.rows), [range(len(step.rows))]).sums
                     for step in plan.steps
                 )
+        if isinstance(rows, UnpairedRows):
+            said |= {"num_desirable": rows.num_desirable, "num_undesirable": rows.num_undesirable}
         sums = None if reference is None else reference.sums
         self._update = _Update(
             plan=plan, loss=module, loss_config=loss_config, rows=rows, reference=sums, mismatched=mismatched
@@ -444,42 +446,36 @@ class DeepSpeedRank:
         if update.loss.batch is ScoreBatch:
             assert isinstance(rows, PairRows), "scores are of pairs"
             return rows.score_batch(micro, scores=logprobs[:, 0], totals=totals)
-        assert update.reference is not None, "begin_update makes one for pairs and groups"
+        assert update.reference is not None, "begin_update makes one for all rows that are left"
         reference = (update.reference[list(micro)] if micro else torch.zeros(1, rows.num_responses)).to(self._device)
-        if update.loss.batch is UnpairedBatch:
-            assert isinstance(rows, PairRows), "unpaired responses come as pairs"
-            return rows.unpaired_batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
         return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, reference=reference)
 
     def _first_pass(self, update: _Update, index: int, totals: Totals) -> Tensor | None:
         """Return [N, F] figures of all rows of a step, the same on every rank; None where the loss asks for none.
 
         Each row's come from one rank, so that a sum over them is exact. Of an unpaired loss they are those of
-        mismatched pairs, first the chosen, then the rejected; of a loss of labels those of each row's tokens.
+        mismatched rows, of a loss of labels those of each row's tokens.
         """
         loss = update.loss
         if not isinstance(loss, TwoPassLoss):
             return None
         places: Sequence[int] = update.plan.steps[index].rows
-        num_sides = 1
-        if loss.batch is UnpairedBatch:
-            assert isinstance(update.rows, PairRows), "unpaired responses come as pairs"
+        if isinstance(update.rows, UnpairedRows):
             update = replace(update, rows=update.rows.mismatched(places), reference=update.mismatched[index])
-            num_sides, places = 2, range(len(places))
+            places = range(len(places))
         place_of, num_items = item_places(update.rows, places)
         parts = []
         for micro, forward in self._passes.evaluated(update.rows, places, temperature=update.temperature):
             batch = self._batch(update, micro, forward, totals)
             if isinstance(batch, UnpairedBatch):
                 batch = replace(batch, mismatched_policy=batch.policy, mismatched_reference=batch.reference)
-            found = loss.first_pass(batch, update.loss_config)
-            parts.append((micro, found.view(num_sides, -1, found.shape[1])))
-        figures = parts[0][1].new_zeros(num_sides, num_items, parts[0][1].shape[2])
+            parts.append((micro, loss.first_pass(batch, update.loss_config)))
+        figures = parts[0][1].new_zeros(num_items, parts[0][1].shape[1])
         for micro, found in parts:
             if micro:
-                figures[:, [place for row in micro for place in place_of[row]]] = found
+                figures[[place for row in micro for place in place_of[row]]] = found
         dist.all_reduce(figures)
-        return figures.flatten(0, 1)
+        return figures
 
     def _apply(self, rate: float) -> tuple[bool, float]:
         """Clip and step unless the gradient is not finite; return whether it was applied, and the gradient's norm."""

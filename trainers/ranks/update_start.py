@@ -24,9 +24,11 @@ from trainers.kl import controlled
 from trainers.label_rows import label_rows
 from trainers.losses import GroupBatch, LabelBatch, Loss, PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
 from trainers.policy_gradient import PolicyConfig, PolicyLoss, kl_price
+from trainers.unpaired_rows import UnpairedRows, unpaired_rows
 
-ComparedRows: TypeAlias = PairRows | GroupRows
-"""Rows of several responses to a prompt: of pairs two, chosen and rejected, of groups up to K."""
+ComparedRows: TypeAlias = PairRows | GroupRows | UnpairedRows
+"""Rows whose responses are compared with a reference, each as a whole: of pairs two, chosen and rejected, of groups up
+to K, of judged responses one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,10 @@ def rows_for(loss: Loss, table: pa.Table, *, name: str) -> Rows:
     Raises:
         ValueError: it takes what no table holds.
     """
-    if loss.batch in (PairBatch, UnpairedBatch, ScoreBatch):
+    if loss.batch in (PairBatch, ScoreBatch):
         return pair_rows(table)
+    if loss.batch is UnpairedBatch:
+        return unpaired_rows(table)
     if loss.batch is TokenBatch:
         return token_rows(table)
     if loss.batch is GroupBatch:
