@@ -308,6 +308,7 @@ def applied(weights: Weights, *, row_id: str, epoch: int, chosen: str) -> Weight
 
 LEARNT_FROM = {
     "dpo": ("pair_id", "chosen"),
+    "rso": ("pair_id", "chosen"),
     "grpo": ("row_id", "score"),
     "kto": ("row_id", "desirable"),
     "exo_group": ("row_id", "rewards"),

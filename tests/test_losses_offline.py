@@ -181,6 +181,14 @@ def test_the_hinge_of_the_toy_pair_and_of_one_that_is_good_enough() -> None:
     assert rso.loss(pair(delta=10.5), rso.Config(gamma=0.1)).loss.item() == 0.0
 
 
+def test_the_sigmoid_form_of_rso_is_dpo_with_gamma_for_its_beta() -> None:
+    # log(1 + e^-0.15), and at a margin beyond 1 / gamma it still costs: log(1 + e^-1.05).
+    config = rso.Config(gamma=0.1, form="sigmoid")
+    assert rso.loss(pair(), config).loss.item() == pytest.approx(0.620957, abs=1e-6)
+    assert rso.loss(pair(delta=10.5), config).loss.item() == pytest.approx(0.300058, abs=1e-6)
+    assert rso.loss(pair(), config).loss.item() == dpo.loss(pair(), dpo.Config(beta=0.1)).loss.item()
+
+
 def test_modpo_of_the_toy_pair() -> None:
     batch = replace(pair(), margins=vector(0.3 - 0.1))
     output = modpo.loss(batch, modpo.Config(beta=0.1, weights=(0.5, 0.5)))

@@ -511,6 +511,22 @@ def test_mended_answers_are_work_too(kind: str, most: int, tokens: int, rows: in
         assert ("≤ 50 mended" in told.getvalue()) == is_told
 
 
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        # Of 5 answers half are accepted, 2: a pair for each of 10 queries.
+        ((), 10),
+        # All 5: two pairs and one left over, who in a tournament is in a third one.
+        (("loss.num_accepted=5",), 20),
+        (("loss.num_accepted=5", "loss.pairing=tournament"), 30),
+        (("loss.num_accepted=5", "loss.pairing=tournament", "preferences.max_pairs_per_query=1"), 10),
+    ],
+)
+def test_the_pairs_of_rejection_sampling_are_as_many_as_meet(flags: tuple[str, ...], rows: int, tmp_path: Path) -> None:
+    given = ("loss.kind=rso", "loop.queries_per_iteration=10", "rollouts.sampling.num_samples=5")
+    assert plan_of(tmp_path, *given, *flags).work.rows == rows
+
+
 @pytest.mark.parametrize("loss", ["exo_group", "pro"])
 def test_a_loss_of_groups_is_given_a_row_for_each_query(loss: str, tmp_path: Path) -> None:
     flags = (f"loss.kind={loss}", "loop.queries_per_iteration=40", "rollouts.sampling.num_samples=5", "loop.epochs=2")

@@ -204,6 +204,7 @@ class Driver:
         self._batches = BatchBuilder(
             config=config.batch,
             run=run,
+            seed=seed,
             max_age=config.loop.max_policy_age,
             journal=self._journal,
             logged=self._before,

@@ -22,6 +22,7 @@ from cluster.commits import NUM_CHECKPOINTS_KEPT
 from cluster.machine import Gpu, Machine, gib, nearest_folder
 from cluster.ray_config import address_to_join
 from cluster.weight_transfer import Ends, Transfer, checked_transfer, usable_backends
+from trainers.feedback.rejection_pairs import RejectionSettings, most_rejection_pairs
 from trainers.feedback.training_data import Material, material_of
 from trainers.gpu_turns import shared_bundles
 from trainers.memory_estimate import (
@@ -494,6 +495,8 @@ def _most_pairs(config: RunConfig, *, num_samples: int) -> int:
     Every answer is in one pair of sampled ones. A mended one that goes on is preferred to its own, so that all may be
     rejected; of revisions one is preferred to an answer that no other pair rejects.
     """
+    if isinstance(config.loss, RejectionSettings):
+        return most_rejection_pairs(config.loss, num_samples=num_samples)
     if config.refinement is None:
         return num_samples // 2
     return num_samples if config.refinement.kind == "detect_critique_refine" else (num_samples + 1) // 2

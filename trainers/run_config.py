@@ -45,6 +45,7 @@ from trainers.feedback.checks import (
     oversight_problems,
     panacea_problems,
     refinement_problems,
+    rejection_problems,
     selection_problems,
     span_problems,
 )
@@ -521,6 +522,9 @@ def _feedback(config: RunConfig) -> Iterator[str]:
     )
     yield from refinement_problems(
         config.refinement, loss=kind, oversight=config.oversight, objectives=config.objectives is not None
+    )
+    yield from rejection_problems(
+        config.loss, loss=kind, num_samples=config.rollouts.sampling.num_samples, refinement=config.refinement
     )
     yield from objectives_problems(config.objectives, loss=kind, loss_config=config.loss, oversight=config.oversight)
     if config.learner.training.panacea is not None:

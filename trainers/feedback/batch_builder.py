@@ -24,6 +24,7 @@ from trainers.feedback.objectives import ObjectivesConfig, Scores, rescored, sca
 from trainers.feedback.pair_feedback import PairFeedback
 from trainers.feedback.preferences import Pairs, PreferenceConfig, build_pairs
 from trainers.feedback.refinement import Refining
+from trainers.feedback.rejection_pairs import RejectionSettings, rejection_drawing
 from trainers.feedback.reward_model import RewardModel
 from trainers.feedback.segments import SegmentSettings, TokensSpanning
 from trainers.feedback.selection import SelectionConfig, Trusted, agreeing, select_responses
@@ -77,6 +78,8 @@ class BatchBuilder:
     config: BatchConfig
     run: str
     """The run's name."""
+    seed: int
+    """The run's."""
     max_age: int
     """Versions that a sample may be behind the weights that it trains."""
     journal: Journal
@@ -195,6 +198,7 @@ class BatchBuilder:
     async def _pairs(self, rollouts: Rollouts, verdicts: Sequence[Verdict], scores: Scores, state: LoopState) -> Pairs:
         """Return the preference pairs of the verdicts, stored before they are trained on."""
         iteration, refining = rollouts.iteration, self.refining
+        settings = self.config.loss_config
         built = build_pairs(
             list(rollouts.queries.values()),
             rollouts.responses,
@@ -204,6 +208,7 @@ class BatchBuilder:
             tokens_spanning=self.config.tokens_spanning,
             version=iteration - 1,
             max_age=self.max_age,
+            drawing=rejection_drawing(settings, seed=self.seed) if isinstance(settings, RejectionSettings) else None,
         )
         joined = None if refining is None else refining.joined(built, rollouts, verdicts)
         if joined is not None:

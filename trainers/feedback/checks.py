@@ -9,6 +9,7 @@ from actors.refiner import RefinementConfig
 from cluster.config import Config, plugin_names
 from trainers.feedback.mixed_feedback import MixConfig
 from trainers.feedback.objectives import ObjectivesConfig
+from trainers.feedback.rejection_pairs import RejectionSettings
 from trainers.feedback.selection import SelectionConfig
 from trainers.feedback.training_data import material_of, reads_spans
 from trainers.losses import PairBatch, load_loss
@@ -177,4 +178,22 @@ def refinement_problems(
         yield (
             f'refinement.kind: got "{refinement.kind}" with a section [objectives], wanted one of the two: the '
             "objectives score the learner's answers, not mended ones"
+        )
+
+
+def rejection_problems(
+    loss_config: Config, *, loss: str, num_samples: int, refinement: RefinementConfig | None
+) -> Iterator[str]:
+    """Yield where a loss can't draw its pairs by rejection sampling as asked."""
+    if not isinstance(loss_config, RejectionSettings):
+        return
+    if loss_config.num_accepted is not None and loss_config.num_accepted > num_samples:
+        yield (
+            f"loss.num_accepted: got {loss_config.num_accepted}, wanted at most rollouts.sampling.num_samples = "
+            f"{num_samples}: no query has more answers to be accepted"
+        )
+    if refinement is not None:
+        yield (
+            f'refinement.kind: got "{refinement.kind}" with loss.kind = "{loss}", wanted a loss that draws no pairs of '
+            "its own, such as dpo: mended answers are no samples of the learner's, so that none can be accepted"
         )

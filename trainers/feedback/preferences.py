@@ -1,10 +1,12 @@
 """Owns how verdicts become preference pairs: chosen passes, rejected fails, the gap in P(good) at least the margin.
 
+Which answers are compared is a `Drawing`: best against worst, or a loss's own (trainers.feedback.rejection_pairs).
 What gives no pair is dropped and counted (SCIENCE §3), by reason:
     all_pass, all_fail, no_verdict   queries with nothing to prefer
     unjudged, duplicate, unpaired    responses without a verdict, with a text that is there already, without a partner
     margin, same_text                candidate pairs too close in P(good), or judged both ways
     flaw_in_chosen                   candidate pairs whose chosen begins with the very flaw that its rejected is cut at
+    over_limit                       pairs beyond preferences.max_pairs_per_query, where a loss draws its own candidates
     stale                            responses of weights older than the loop allows (loop.max_policy_age)
 
 A rejected response is cut where the critique's first quoted flaw ends: what follows from a flaw is not at fault, and
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from pydantic import Field
 
@@ -34,7 +37,8 @@ class PreferenceConfig(Config):
     """Least gap in P(good) between chosen and rejected."""
     max_pairs_per_query: int = Field(default=3, ge=1)
     """Best against worst, second best against second worst, and so on, each response once. A query's pairs of mended
-    answers count too: they come after, and reject answers that are in no pair yet."""
+    answers count too: they come after, and reject answers that are in no pair yet. Of the pairs that rso draws the
+    first ones that stand are kept."""
     cut_at_flaw: bool = True
     """Train against a rejected response, or a bad one that is in no pair (kto), only up to the end of the first flaw
     that the critique quotes."""
@@ -50,6 +54,19 @@ class Pairs:
     dropped: Mapping[str, int]
 
 
+class Candidates(NamedTuple):
+    """Which of a query's answers are to be compared."""
+
+    pairs: Sequence[tuple[Verdict, Verdict]]
+    """Of one that passes and one that fails, in the order in which they are taken."""
+    dropped: Mapping[str, int]
+    """What is in none of them, by reason."""
+
+
+Drawing: TypeAlias = Callable[[Query, Sequence[Verdict], Mapping[str, Response]], Candidates]
+"""Gives a query's candidate pairs. Its verdicts, in any order, all have a label, and both labels are there."""
+
+
 def build_pairs(
     queries: Sequence[Query],
     responses: Mapping[str, Response],
@@ -60,13 +77,15 @@ def build_pairs(
     tokens_spanning: Callable[[Sequence[int], int], int],
     version: int,
     max_age: int,
+    drawing: Drawing | None = None,
 ) -> Pairs:
-    """Return best-versus-worst pairs, in the order of the queries.
+    """Return pairs in the order of the queries.
 
     Args:
         tokens_spanning: how many of the token ids it takes to spell so many characters.
         version: of the weights that the pairs are to train.
         max_age: greatest number of versions that a response's weights may be behind.
+        drawing: which answers are compared; None: best against worst.
     """
     by_query: defaultdict[str, list[Verdict]] = defaultdict(list)
     dropped: Counter[str] = Counter()
@@ -79,40 +98,46 @@ def build_pairs(
             by_query[verdict.query_id].append(verdict)
     pairs: list[PreferencePair] = []
     for query in sorted(queries, key=lambda q: (q.iteration, q.sample_index, q.query_id)):
-        good, bad = _sides(by_query[query.query_id], responses)
-        if not good or not bad:
-            reason = "all_pass" if good else "all_fail" if bad else "no_verdict"
-            dropped[reason] += 1
+        judged = by_query[query.query_id]
+        labels = {verdict.label for verdict in judged}
+        if not labels >= {PASS, FAIL}:
+            dropped["all_pass" if PASS in labels else "all_fail" if FAIL in labels else "no_verdict"] += 1
             continue
-        dropped["duplicate"] += len(by_query[query.query_id]) - len(good) - len(bad)
-        num_matched = min(len(good), len(bad), config.max_pairs_per_query)
-        dropped["unpaired"] += len(good) + len(bad) - 2 * num_matched
-        for rank, (chosen, rejected) in enumerate(zip(good, bad, strict=False)):
-            if rank == num_matched:
-                break
-            gap = (chosen.score or 0.0) - (rejected.score or 0.0)
-            if gap < config.margin:
-                dropped["margin"] += 1
-            elif responses[chosen.response_id].text == responses[rejected.response_id].text:
-                dropped["same_text"] += 1
+        if drawing is None:
+            candidates = _best_against_worst(judged, responses, most=config.max_pairs_per_query)
+        else:
+            candidates = drawing(query, judged, responses)
+        dropped.update(candidates.dropped)
+        num_before = len(pairs)
+        for rank, (chosen, rejected) in enumerate(candidates.pairs):
+            pair = _pair(
+                query,
+                chosen,
+                rejected,
+                responses,
+                config=config,
+                run=run,
+                rank=rank,
+                tokens_spanning=tokens_spanning,
+                version=version,
+            )
+            if isinstance(pair, str):
+                dropped[pair] += 1
+            elif len(pairs) - num_before == config.max_pairs_per_query:
+                dropped["over_limit"] += 1
             else:
-                cut = None
-                if config.cut_at_flaw and rejected.flaw_end is not None:
-                    cut = tokens_spanning(responses[rejected.response_id].token_ids, rejected.flaw_end)
-                pair = _pair(query, chosen, rejected, responses, gap=gap, run=run, rank=rank, cut=cut, version=version)
-                if cut is not None and pair.chosen_token_ids[:cut] == pair.rejected_token_ids:
-                    dropped["flaw_in_chosen"] += 1
-                else:
-                    pairs.append(pair)
+                pairs.append(pair)
     return Pairs(pairs=tuple(pairs), dropped={reason: num for reason, num in dropped.items() if num})
 
 
-def _sides(verdicts: Sequence[Verdict], responses: Mapping[str, Response]) -> tuple[list[Verdict], list[Verdict]]:
-    """Return the passing verdicts, best first, and the failing ones, worst first, each text once."""
+def _best_against_worst(verdicts: Sequence[Verdict], responses: Mapping[str, Response], *, most: int) -> Candidates:
+    """Return best against worst, second best against second worst, and so on, each text once on its side."""
     ordered = sorted(verdicts, key=lambda v: (-(v.score or 0.0), responses[v.response_id].sample_index))
     good = _distinct([v for v in ordered if v.label == PASS], responses)
     bad = _distinct([v for v in reversed(ordered) if v.label == FAIL], responses)
-    return good, bad
+    pairs = list(zip(good, bad, strict=False))[:most]
+    num_distinct = len(good) + len(bad)
+    return Candidates(pairs, {"duplicate": len(verdicts) - num_distinct, "unpaired": num_distinct - 2 * len(pairs)})
 
 
 def _distinct(verdicts: Sequence[Verdict], responses: Mapping[str, Response]) -> list[Verdict]:
@@ -128,13 +153,24 @@ def _pair(
     rejected: Verdict,
     responses: Mapping[str, Response],
     *,
-    gap: float,
+    config: PreferenceConfig,
     run: str,
     rank: int,
-    cut: int | None,
+    tokens_spanning: Callable[[Sequence[int], int], int],
     version: int,
-) -> PreferencePair:
+) -> PreferencePair | str:
+    """Return the pair, or why there is none."""
     good, bad = responses[chosen.response_id], responses[rejected.response_id]
+    gap = (chosen.score or 0.0) - (rejected.score or 0.0)
+    if gap < config.margin:
+        return "margin"
+    if good.text == bad.text:
+        return "same_text"
+    cut = None
+    if config.cut_at_flaw and rejected.flaw_end is not None:
+        cut = tokens_spanning(bad.token_ids, rejected.flaw_end)
+        if good.token_ids[:cut] == bad.token_ids[:cut]:
+            return "flaw_in_chosen"
     return PreferencePair(
         pair_id=lineage_id(
             run,

@@ -2,7 +2,7 @@
 
 Candidates drawn from the supervised policy, of which each is kept with probability exp((r - r_max) / beta), follow
 the optimum of the reward under a KL penalty of beta towards that policy: pi * exp(r / beta). Knows neither models nor
-pairs.
+pairs (trainers.feedback.rejection_pairs).
 """
 
 from __future__ import annotations
