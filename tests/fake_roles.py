@@ -66,7 +66,7 @@ from trainers.kl import KlBudget
 from trainers.loop_state import STAGES
 from trainers.losses import kto, load_loss
 from trainers.progress import Silent, StopSignal
-from trainers.ranks.kl_probe import KlReached
+from trainers.ranks.kl_probe import KlReached, exceeded
 from trainers.training_config import ReferenceWeights
 from trainers.training_group import StepReport, TrainingPlan, UpdateReport
 
@@ -265,12 +265,14 @@ class RolloutPool(FakeRolePool):
     """The learner's model, with the weights last synced."""
 
     answer: Callable[[GenerationRequest, Weights], str] = staticmethod(write_answer_with_skill)
+    as_sampled: Callable[[Completion], Completion] = staticmethod(lambda said: said)
+    """`FakeLearnerGroup.as_sampled`."""
 
     def say(self, request: GenerationRequest) -> Completion:
         """Return an answer."""
         version, weights = self.held
         said = spoken(self.answer(request, weights), request_id=request.request_id, weight_version=version)
-        return replace(said, prompt_token_ids=(*said.prompt_token_ids, *map(ord, request.prefix)))
+        return self.as_sampled(replace(said, prompt_token_ids=(*said.prompt_token_ids, *map(ord, request.prefix))))
 
 
 class CriticPool(FakeRolePool):
@@ -360,7 +362,8 @@ class FakeLearnerGroup:
         assert tuple(table.column(key).to_pylist()) == plan.row_ids
         chosen = dict(zip(plan.row_ids, map(str, table.column(told).to_pylist()), strict=True))
         reports: list[StepReport] = []
-        stops = kl_budget is not None and kl_budget.enabled
+        reached = KlReached(update=11.5, run=12.0) if kl_budget is not None and kl_budget.enabled else None
+        stops = reached is not None
         for index, step in enumerate(plan.steps[:1] if stops else plan.steps):
             await asyncio.sleep(self._step_s)
             for slot in plan.slots(index):
@@ -376,10 +379,14 @@ class FakeLearnerGroup:
             steps=tuple(reports),
             wall_s=0.1,
             reference_s=0.0,
-            kl=KlReached(update=11.5, run=12.0) if stops else None,
-            stopped_by="update" if stops else None,
+            kl=reached,
+            stopped_by=None if reached is None or kl_budget is None else exceeded(reached, kl_budget),
             num_left_out=len(plan.steps) - len(reports),
         )
+
+    def as_sampled(self, said: Completion) -> Completion:
+        """Return what the rollout engine says with the log-probs that it has by these weights; here any will do."""
+        return said
 
     async def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[tuple[float, ...], ...]:
         """Return the log-probs of sequences."""
@@ -610,8 +617,20 @@ def fake_run(
     reach: Reach = pass_by,
     checker: Checker | None = None,
     stop: StopSignal | None = None,
+    group: FakeLearnerGroup | None = None,
+    config: DriverConfig | None = None,
 ) -> FakeRun:
-    """Return a driver over fake roles and a real run directory, blank or to be resumed."""
+    """Return a driver over fake roles and a real run directory, blank or to be resumed.
+
+    Args:
+        path: the run directory.
+        settings: what the test varies.
+        reach: told of every point that is reached.
+        checker: who knows the truth; None: the domain's.
+        stop: asks the loop to end; None: nobody does.
+        group: the learner's; None: one that moves a few numbers.
+        config: what the driver is told; None: what the settings say.
+    """
 
     def tell(point: str, num: int) -> None:
         # Points inside an iteration are named with it: "responses 1", "step 2".
@@ -621,7 +640,7 @@ def fake_run(
 
     gold = GoldLedger(checker or ArithmeticChecker(), regime="critic_expert")
     events: list[Event] = []
-    group = FakeLearnerGroup(reach=tell, loads=settings.loads, step_s=settings.step_s)
+    group = group or FakeLearnerGroup(reach=tell, loads=settings.loads, step_s=settings.step_s)
     attacker = AttackerPool("attacker", events=events, arrival_seed=settings.arrival_seed)
     rollouts = RolloutPool(
         "rollouts", events=events, arrival_seed=settings.arrival_seed, published=group.published, reach=tell
@@ -629,6 +648,7 @@ def fake_run(
     critic = CriticPool("critic", events=events, arrival_seed=settings.arrival_seed)
     critic.critic = settings.critic
     rollouts.answer = settings.answer  # type: ignore[method-assign]
+    rollouts.as_sampled = group.as_sampled  # type: ignore[method-assign]
     for pool in (attacker, rollouts, critic):
         pool.losing = settings.losing
     queue = ExpertQueue(path / "labels" / "queue.sqlite3")
@@ -686,7 +706,7 @@ def fake_run(
         store=store,
         domain=DOMAIN,
         gold=gold,
-        config=_driver_config(settings),
+        config=config or _driver_config(settings),
         progress=Silent(),
         stop=stop,
     )

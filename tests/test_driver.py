@@ -695,6 +695,63 @@ def test_an_update_that_its_kl_budget_ends_is_told_and_counted(
     ]
 
 
+SPENT = KlBudget(enabled=True, update=20.0, run=11.0)
+"""The fake's updates go 11.5 nats from their start, 12 from the run's."""
+
+
+@pytest.mark.parametrize("max_policy_age", [0, 1])
+def test_a_run_whose_kl_budget_is_spent_ends_with_that_iteration(
+    max_policy_age: int, blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
+    settings = Settings(iterations=4, kl_budget=SPENT, max_policy_age=max_policy_age)
+    run = run_once(tmp_path / RUN, blank, settings)
+    assert [row.iteration for row in read_metrics(tmp_path / RUN)] == [1]
+    assert (len(run.group.plans), run.driver.state.iteration, run.driver.state.kl_spent) == (1, 1, True)
+    assert notes[-1] == (
+        "run ended by KL budget: iteration 1 of 4 is the last, 12.00 nats per response from the run's start, wanted at "
+        "most 11"
+    )
+    # The sets that a finished run answers are answered by what it ended with: its summary compares them.
+    answered = Counter(row.set_name for row in records(tmp_path / RUN, "evaluations", iteration=1))
+    assert answered.keys() == {"agreement", "probe", "sealed", "out_of_distribution", "attack_set"}
+    assert (commit := last_commit(tmp_path / RUN)) is not None
+    assert commit.iteration == 1
+    if max_policy_age == 0:
+        # No answer was sampled and judged that nothing would be learnt from.
+        judged = [event for event in run.events if event.pool == "critic" and event.what == "asked"]
+        assert len(judged) == NUM_QUERIES * NUM_SAMPLES
+    # Whoever resumes it finds it finished.
+    again = fake_run(tmp_path / RUN, settings)
+    again.finish()
+    assert (again.group.plans, again.driver.state.iteration) == ([], 1)
+    assert [event for event in again.events if event.what == "asked"] == []
+
+
+def test_a_run_that_is_killed_before_the_commit_of_its_last_update_ends_there_all_the_same(
+    blank: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(blank, tmp_path / RUN))
+
+    def die(point: str, num: int) -> None:
+        if point == "save 1":
+            raise KeyboardInterrupt
+
+    settings = Settings(iterations=3, kl_budget=SPENT)
+    with pytest.raises(KeyboardInterrupt):
+        fake_run(path, settings, reach=die).finish()
+    again = fake_run(path, settings)
+    again.finish()
+    assert (len(again.group.plans), again.driver.state.iteration, again.driver.state.kl_spent) == (1, 1, True)
+
+
+def test_an_updates_own_budget_ends_no_run(blank: Path, tmp_path: Path) -> None:
+    run = run_once(tmp_path / RUN, blank, Settings(kl_budget=KlBudget(enabled=True, update=11.0, run=12.0)))
+    assert [row.iteration for row in read_metrics(tmp_path / RUN)] == [1, 2]
+    assert not run.driver.state.kl_spent
+
+
 def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blank: Path, tmp_path: Path) -> None:
     run_once(tmp_path / RUN, blank, Settings(critic=FakeCritic(babble_rate=0.5)))
     for row in read_metrics(tmp_path / RUN):

@@ -111,6 +111,15 @@ def pair(loop: Loop, toy: Toy) -> Iterator[TrainingGroup]:
     loop.run(group.shutdown())
 
 
+@pytest.fixture(scope="module")
+def single(loop: Loop, toy: Toy) -> Iterator[TrainingGroup]:
+    """One rank."""
+    group = TrainingGroup(config=settings(1), source=toy.source, name="single")
+    loop.run(group.start())
+    yield group
+    loop.run(group.shutdown())
+
+
 async def update(
     group: TrainingGroup,
     table: pa.Table,
@@ -169,7 +178,23 @@ def test_the_mean_score_of_a_bandit_rises(loop: Loop, pair: TrainingGroup, toy: 
         assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_one_rank_trains_the_same_weights_as_two(loop: Loop, pair: TrainingGroup, toy: Toy) -> None:
+@pytest.mark.parametrize(
+    ("loss", "config"),
+    [
+        ("grpo", grpo.Config()),
+        ("grpo", grpo.Config(form="dapo")),
+        ("grpo", grpo.Config(form="dr_grpo", max_tokens=max(LENGTHS))),
+        ("grpo", grpo.Config(form="gspo")),
+        ("rloo", rloo.Config()),
+        ("reinforce_pp", reinforce_pp.Config()),
+        ("ppo", ppo.Config(**VALUES)),
+        ("relc", relc.Config(**VALUES)),
+    ],
+    ids=["grpo", "dapo", "dr_grpo", "gspo", "rloo", "reinforce_pp", "ppo", "relc"],
+)
+def test_one_rank_trains_the_same_weights_as_two(
+    loop: Loop, pair: TrainingGroup, single: TrainingGroup, toy: Toy, loss: str, config: Config
+) -> None:
     """Groups are spread over steps and ranks, and what is left out weighs nothing anywhere."""
     toy.reset()
     table = toy.sample(seed=0)
@@ -178,21 +203,20 @@ def test_one_rank_trains_the_same_weights_as_two(loop: Loop, pair: TrainingGroup
 
     async def call() -> list[tuple[UpdateReport, dict[str, torch.Tensor]]]:
         found = []
-        single = TrainingGroup(config=settings(1), source=toy.source, name="single")
-        await single.start()
-        try:
-            for group, config in ((pair, settings(2)), (single, settings(1))):
-                await group.reopen(config=config, source=toy.source)
-                report = await update(group, table, loss="grpo", config=grpo.Config(), epochs=2)
-                found.append((report, await toy.take(group)))
-        finally:
-            await single.shutdown()
+        for group, num_ranks in ((pair, 2), (single, 1)):
+            told = settings(num_ranks, value_head=isinstance(config, ppo.Config))
+            await group.reopen(config=told, source=toy.source)
+            report = await update(group, table, loss=loss, config=config, epochs=2)
+            found.append((report, await toy.take(group)))
         return found
 
     (two, weights), (one, others) = loop.run(call())
     assert one.staleness["unscored_share"] == pytest.approx(7 / 48)
     assert [step.loss for step in one.steps] == pytest.approx([step.loss for step in two.steps], abs=1e-5)
+    for step, other in zip(one.steps, two.steps, strict=True):
+        assert step.metrics == pytest.approx(other.metrics, abs=1e-4)
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) <= 1e-5
+    assert max(float((weights[name] - toy.fresh[name]).abs().max()) for name in weights) > 1e-4
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

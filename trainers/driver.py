@@ -256,11 +256,15 @@ class Driver:
         self._last_row = time.monotonic()
         self._head = self.state.copy()
         ready: asyncio.Queue[Prepared] = asyncio.Queue()
-        numbers = range(self.state.iteration + 1, self._config.loop.iterations + 1)
+        last = self.state.iteration if self.state.kl_spent else self._config.loop.iterations
+        numbers = range(self.state.iteration + 1, last + 1)
         async with streams() as tasks:
-            tasks.create_task(self._prepare_all(numbers, ready))
+            preparing = tasks.create_task(self._prepare_all(numbers, ready))
             for _ in numbers:
                 await self._learn(await ready.get())
+                if self.state.kl_spent:
+                    preparing.cancel()  # nobody will learn from what it has begun
+                    break
                 self._check_stop()
 
     async def _prepare_all(self, numbers: range, ready: asyncio.Queue[Prepared]) -> None:
@@ -313,6 +317,7 @@ class Driver:
         """Update, publish, evaluate, commit."""
         prepared = await self._rewarded(prepared)
         update = await self._update(prepared)
+        prepared.state.kl_spent = self._spends_run_budget(prepared.iteration, update)
         sync = await self._publish(prepared.iteration, prepared.clock)
         metrics = await self._evaluate(prepared, update, sync)
         await self._commit(prepared.state, metrics)
@@ -439,6 +444,17 @@ class Driver:
             f"{len(report.steps) + report.num_left_out} steps, {reached}, wanted at most {most:g}"
         )
 
+    def _spends_run_budget(self, iteration: int, update: UpdateReport | None) -> bool:
+        """Return whether the run ends here, too far from its first weights to learn any more, and say so (H-KLB)."""
+        loop = self._config.loop
+        if update is None or update.kl is None or update.kl.run <= loop.kl_budget.run:
+            return False
+        self._progress.note(
+            f"run ended by KL budget: iteration {iteration} of {loop.iterations} is the last, {update.kl.run:.2f} nats "
+            f"per response from the run's start, wanted at most {loop.kl_budget.run:g}"
+        )
+        return True
+
     def _watch_gap(self, iteration: int, report: UpdateReport) -> None:
         """Raise the alarm when two engines with one version's weights differ more than they should (L-TIS)."""
         gap, most = report.staleness.get("rollout_gap"), self._config.loop.importance.alarm
@@ -497,7 +513,7 @@ class Driver:
             )
             await self._keep_agreement(iteration, live, rollouts)
             probe = await self._answer(iteration, "probe")
-            if iteration == self._config.loop.iterations:
+            if prepared.state.kl_spent or iteration == self._config.loop.iterations:
                 for name in ("sealed", "out_of_distribution", "attack_set"):
                     await self._answer(iteration, name)
         attacked = [outcome for outcome in prepared.outcomes if outcome.num_judged]

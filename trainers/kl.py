@@ -71,7 +71,7 @@ class KlBudget(Config):
     update: float = Field(default=10.0, gt=0.0)
     """Greatest KL from the weights at the update's start."""
     run: float = Field(default=30.0, gt=0.0)
-    """Greatest KL from the run's first weights."""
+    """Greatest KL from the run's first weights; beyond, the iteration is the run's last."""
     num_sequences: int = Field(default=16, ge=1)
     """Responses that it is measured on, of the update's own."""
     every: int = Field(default=4, ge=1)

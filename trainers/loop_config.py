@@ -27,6 +27,6 @@ class LoopConfig(Config):
     importance: ImportanceConfig = ImportanceConfig()
     """How samples of older weights are corrected for."""
     kl_budget: KlBudget = KlBudget()
-    """How far one update, and the whole run, may move the learner's weights."""
+    """How far one update, and the whole run, may move the learner's weights; a run beyond its own ends."""
     parity_bound: float = Field(default=1e-4, gt=0.0)
     """Greatest allowed difference in log-probs (nats) between a replica and the learner; 1e-4 holds in fp32."""

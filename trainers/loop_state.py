@@ -158,6 +158,8 @@ class LoopState:
     """What each objective's scores were like so far (`objectives` of a run's config)."""
     wall_s: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of all sittings up to the commit (`WallClock`)."""
+    kl_spent: bool = False
+    """The learner is further from the run's first weights than `loop.kl_budget.run` allows: no iteration follows."""
 
     @property
     def policy_version(self) -> str:
@@ -181,6 +183,7 @@ class LoopState:
             "checked": dict(self.checked),
             "scores": self.scores.snapshot(),
             "wall_s": dict(self.wall_s),
+            "kl_spent": self.kl_spent,
         }
 
     @classmethod
@@ -196,6 +199,7 @@ class LoopState:
             checked=Counter(snapshot.get("checked", {})),
             scores=RunningScores.restore(snapshot.get("scores", {})),
             wall_s=dict(snapshot["wall_s"]),
+            kl_spent=snapshot.get("kl_spent", False),
         )
 
 

@@ -112,6 +112,10 @@ class TableRef:
 
     ref: ray.ObjectRef[pa.Table]
 
+    def fetch(self) -> pa.Table:
+        """Return the table."""
+        return ray.get(self.ref)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
@@ -260,7 +264,7 @@ class DeepSpeedRank:
         """
         # An update that a KL budget ended is still here, with its probe's [tokens, V]; two would not have room.
         self._update = None
-        arrow = ray.get(table.ref)
+        arrow = table.fetch()
         refuse_other_rows(arrow, plan)
         priced = at_price(loss_config, self._kl_coefficient)
         said = self._prepare(
