@@ -1,8 +1,7 @@
 """No rank waits long for another: the greatest number of real tokens of a rank in a step, over the ranks' mean.
 
 At most 1.05 is wanted. It is looked at as a run reports it (`UpdateReport.rank_balance`): summed over an update's
-steps, of the layout that the ranks compute. A row of several sequences is dealt by what it would be when padded to its
-longest one, so pairs and groups are not as even: of a few rows to a rank up to 1.10.
+steps, of the layout that the ranks compute.
 """
 
 from __future__ import annotations
@@ -107,10 +106,10 @@ def test_ranks_have_about_equally_many_tokens_of_single_sequences(
         assert control(rows, batch_size=16, num_ranks=num_ranks) > 1.05
 
 
-@pytest.mark.parametrize(("num_ranks", "batch_size", "most"), [(2, 16, 1.05), (4, 64, 1.05), (4, 16, 1.10)])
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(2, 16), (4, 64), (4, 16)])
 @pytest.mark.parametrize("lengths", [DEMO, MIXED], ids=["demo", "mixed"])
 @pytest.mark.parametrize("kind", ["pairs", "groups"])
 def test_ranks_have_about_equally_many_tokens_of_pairs_and_groups(
-    kind: str, lengths: Sequence[tuple[int, int]], num_ranks: int, batch_size: int, most: float
+    kind: str, lengths: Sequence[tuple[int, int]], num_ranks: int, batch_size: int
 ) -> None:
-    assert 1.0 <= balance(KINDS[kind](lengths), batch_size=batch_size, num_ranks=num_ranks) <= most
+    assert 1.0 <= balance(KINDS[kind](lengths), batch_size=batch_size, num_ranks=num_ranks) <= 1.05

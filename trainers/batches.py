@@ -126,6 +126,7 @@ def lay_out(
     num_ranks: int,
     micro_batch_tokens: int,
     sequences_per_row: int | Ids = 1,
+    num_tokens: Ids | None = None,
 ) -> tuple[MicroBatches, ...]:
     """Return each rank's micro-batches: like lengths together, about equal tokens per rank, equally many per rank.
 
@@ -140,12 +141,13 @@ def lay_out(
         micro_batch_tokens: greatest padded size; a longer row goes alone.
         sequences_per_row: 2 for pairs, whose chosen and rejected responses are padded alike; indexed by row numbers
             where rows differ in it.
+        num_tokens: real tokens of each row, by which rows are dealt; None: those of its longest sequence for each.
     """
     if isinstance(sequences_per_row, int):
         limit, counts = micro_batch_tokens // sequences_per_row, np.ones_like(lengths)
     else:
         limit, counts = micro_batch_tokens, sequences_per_row
-    sizes = lengths * counts
+    sizes = lengths * counts if num_tokens is None else num_tokens
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for row in sorted(rows, key=lambda row: -int(sizes[row])):
@@ -177,6 +179,7 @@ def micro_batches(
         num_ranks=num_ranks,
         micro_batch_tokens=micro_batch_tokens,
         sequences_per_row=rows.sequences_per_row,
+        num_tokens=rows.num_tokens,
     )
     num_passes = [rows.num_passes(micros) for micros in zip(*layout, strict=True)]
     return tuple(tuple(map(MicroBatch, micros, num_passes)) for micros in layout)
@@ -279,6 +282,11 @@ class TokenRows:
     """Which of a row's tokens are within a flagged span; None: the table does not say."""
     sequences_per_row: int = 1
 
+    @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.lengths
+
     def totals(self, rows: Sequence[int]) -> Totals:
         """Return the denominators of a step."""
         chosen = list(rows)
@@ -346,6 +354,12 @@ class PairRows:
     other_margins: Floats | None = None
     """(rows, M): of each other objective, in the place of `margins`; None: the table has none."""
     sequences_per_row: int = 2
+
+    @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each row's two sequences."""
+        longer = np.maximum(self.chosen_lengths, self.rejected_lengths)
+        return 2 * (self.lengths - longer) + self.chosen_lengths + self.rejected_lengths
 
     def totals(self, rows: Sequence[int]) -> Totals:
         """Return the denominators of a step."""
@@ -479,6 +493,11 @@ class SampleRows:
         return self.documents.sequences_per_row
 
     @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.documents.num_tokens
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Return the number of rows and of tokens of the longest."""
         return len(self.lengths), int(self.lengths.max(initial=1))
@@ -563,6 +582,11 @@ class Rows(Protocol):
     @property
     def sequences_per_row(self) -> int | Ids:
         """Return how many sequences a row has; of each row where they differ."""
+        ...
+
+    @property
+    def num_tokens(self) -> Ids:
+        """Return the real tokens of each row, over its sequences."""
         ...
 
     def totals(self, rows: Sequence[int]) -> Totals:

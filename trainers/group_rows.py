@@ -50,6 +50,11 @@ class GroupRows:
         return np.maximum.reduceat(self.documents.lengths, self.starts)
 
     @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each group's sequences."""
+        return np.add.reduceat(self.documents.lengths, self.starts)
+
+    @property
     def sequences_per_row(self) -> Ids:
         """Return the responses of each group."""
         return self.sizes

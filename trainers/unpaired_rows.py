@@ -42,6 +42,11 @@ class UnpairedRows:
         return self.documents.lengths
 
     @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.documents.num_tokens
+
+    @property
     def sequences_per_row(self) -> int:
         """Return 1."""
         return self.documents.sequences_per_row
