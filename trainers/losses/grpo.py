@@ -81,7 +81,8 @@ def advantages(samples: Samples, config: Config) -> Estimates:
 
     from trainers.advantages import group_relative, informative, overlong_penalties
 
-    scores = torch.where(samples.mask.any(dim=1), samples.scores, torch.nan)
+    given = samples.end_scores(missing_end_penalty=config.missing_end_penalty)
+    scores = torch.where(samples.mask.any(dim=1), given, torch.nan)
     if config.overlong_buffer_tokens:
         assert config.max_tokens is not None, "validated"
         lengths = samples.mask.sum(dim=1)
