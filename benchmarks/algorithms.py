@@ -84,11 +84,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "rso": _pairs(kind="rso"),
     "modpo": Algorithm(
         rates=PAIR_RATES,
-        settings=_pairs(kind="modpo", weights="[0.9, 0.1]").settings
+        settings=_pairs(kind="modpo").settings
         | {"objectives.names": '["verdict", "brevity"]', "objectives.weights": "[0.9, 0.1]"},
     ),
     "kto": Algorithm(rates=PAIR_RATES, settings={"loss.kind": "kto"}),
     "sft": _tokens(kind="sft"),
+    "pretraining": _tokens(kind="pretraining"),
     "gce": _tokens(kind="gce"),
     "token_noise": _tokens(kind="token_noise"),
     "span_noise": _tokens(kind="span_noise"),

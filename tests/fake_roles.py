@@ -316,6 +316,7 @@ LEARNT_FROM = {
     "exo_group": ("row_id", "rewards"),
     "pro": ("row_id", "rewards"),
     "weak_to_strong": ("row_id", "response_token_ids"),
+    "pretraining": ("row_id", "loss_mask"),
 }
 """For each loss its table's column of ids, and the one that weights move by."""
 
@@ -323,7 +324,9 @@ LEARNT_FROM = {
 class FakeLearnerGroup:
     """Stands for a `TrainingGroup`: weights, a record of every slot ever applied, checkpoints and exports."""
 
-    def __init__(self, *, reach: Reach = pass_by, loads: bool = True, step_s: float = 0.0) -> None:
+    def __init__(
+        self, *, reach: Reach = pass_by, loads: bool = True, step_s: float = 0.0, rollout_gaps: Sequence[float] = ()
+    ) -> None:
         """`loads=False` is the broken group of a control: a resume that forgets to load the checkpoint."""
         self.weights: Weights = (-0.5, *(0.1 * i for i in range(1, NUM_WEIGHTS)))
         self.slots: list[tuple[str, int, int]] = []
@@ -339,6 +342,7 @@ class FakeLearnerGroup:
         self._reach = reach
         self._loads = loads
         self._step_s = step_s
+        self._rollout_gaps = iter(rollout_gaps)
 
     async def update(
         self,
@@ -374,6 +378,7 @@ class FakeLearnerGroup:
             self._num_steps += 1
             self._reach("step", 1)
         slots = tuple(slot for index in range(len(reports)) for slot in plan.slots(index))
+        gap = next(self._rollout_gaps, None)
         return UpdateReport(
             slots=slots,
             steps=tuple(reports),
@@ -382,6 +387,7 @@ class FakeLearnerGroup:
             kl=reached,
             stopped_by=None if reached is None or kl_budget is None else exceeded(reached, kl_budget),
             num_left_out=len(plan.steps) - len(reports),
+            staleness={} if gap is None else {"rollout_gap": gap},
         )
 
     def as_sampled(self, said: Completion) -> Completion:
@@ -576,6 +582,8 @@ class Settings:
     kl_budget: KlBudget = field(default_factory=KlBudget)
     step_s: float = 0.0
     """How long the learner group takes for a step."""
+    rollout_gaps: tuple[float, ...] = ()
+    """What each update finds between the two engines' log-probs (nats per token); none where there is no more."""
     calibration: float = 0.0
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -640,7 +648,9 @@ def fake_run(
 
     gold = GoldLedger(checker or ArithmeticChecker(), regime="critic_expert")
     events: list[Event] = []
-    group = group or FakeLearnerGroup(reach=tell, loads=settings.loads, step_s=settings.step_s)
+    group = group or FakeLearnerGroup(
+        reach=tell, loads=settings.loads, step_s=settings.step_s, rollout_gaps=settings.rollout_gaps
+    )
     attacker = AttackerPool("attacker", events=events, arrival_seed=settings.arrival_seed)
     rollouts = RolloutPool(
         "rollouts", events=events, arrival_seed=settings.arrival_seed, published=group.published, reach=tell

@@ -47,7 +47,10 @@ def random_batch(kind: type[B], *, seed: int, rows: int = 5) -> Batch:
         lengths = torch.arange(rows) % 4 + 1
         mask = torch.arange(1, 7)[None, :] <= lengths[:, None]
         logprobs, weights, flagged = -3 * uniform(rows, 6), uniform(rows), uniform(rows, 6) < 0.4
-        return sampled(TokenBatch(logprobs=logprobs, mask=mask, weights=weights, flagged=flagged), seed=seed)
+        batch = TokenBatch(
+            logprobs=logprobs, mask=mask, weights=weights, flagged=flagged, mean_logprobs=-3 - 2 * uniform(rows, 6)
+        )
+        return sampled(batch, seed=seed)
     if kind is UnpairedBatch:
         return UnpairedBatch(
             policy=-10 * uniform(rows),

@@ -54,16 +54,14 @@ def test_the_toy_rewards_are_the_penalty_and_the_score_at_the_end() -> None:
     torch.testing.assert_close(found, TOY_REWARDS)
 
 
-def test_the_score_stands_on_the_last_token_of_the_mask_and_a_missing_end_costs() -> None:
+def test_the_score_stands_on_the_last_token_of_the_mask() -> None:
     mask = shown([0, 1, 0, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0])
     ratios = torch.full((3, 5), math.nan, dtype=torch.float64)
     found = token_rewards(
-        scores(2.0, 3.0, 4.0),
+        scores(2.0, 2.5, 4.0),
         torch.where(mask, 0.0, ratios),
         mask,
         kl_coefficient=0.1,
-        ended=torch.tensor([True, False, True]),
-        missing_end_penalty=0.5,
     )
     assert found.tolist() == [[0, 0, 0, 2.0, 0], [0, 0, 0, 2.5, 0], [0, 0, 0, 0, 0]]
 

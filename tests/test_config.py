@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import tomllib
 from functools import partial
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ConfigError, Settings, describe, flag_settings, layered, plugin_names, read_settings
+from serve.manifest import config_toml
 from tests.default_loss import LOSS_KEY
 from trainers.feedback.training_data import material_of
 from trainers.losses import grpo
@@ -81,6 +84,26 @@ def test_a_loss_takes_temperature_and_length_from_the_sampling_unless_it_is_told
     assert dpo.loss_as_sampled == dpo.loss
 
 
+def test_log_ratios_per_token_have_a_beta_of_their_own_and_one_that_is_set_is_kept(tmp_path: Path) -> None:
+    per_token = written(tmp_path, '[loss]\nkind = "dpo"\nlength_norm = true\n')
+    config = load_run_config([per_token])
+    assert config.loss.model_dump() == {"kind": "dpo", "length_norm": True, "beta": 5.0, "nll_weight": 0.0}
+    assert load_run_config([per_token], flags=[("loss.beta", "0.1")]).loss.model_dump()["beta"] == 0.1
+    written(tmp_path, config.model_dump_json(), "resolved.json")
+    assert read_resolved(tmp_path / "resolved.json") == config
+
+
+def test_no_cap_on_an_importance_ratio_can_be_written_and_reads_back(tmp_path: Path) -> None:
+    text = '[loss]\nkind = "rloo"\nimportance_cap = inf\n[loop.importance]\ncap = inf\n'
+    config = load_run_config([written(tmp_path, text)])
+    assert config.loss.model_dump()["importance_cap"] == config.loop.importance.cap == math.inf
+    # JSON has no infinity.
+    resolved = json.dumps(config.model_dump(mode="json"), allow_nan=False)
+    assert read_resolved(written(tmp_path, resolved, "resolved.json")) == config
+    assert load_run_config([written(tmp_path, config_toml(config))]) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
 def test_plugin_settings_travel_by_pickle() -> None:
     assert pickle.loads(pickle.dumps(RunConfig())) == RunConfig()
 
@@ -99,7 +122,7 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
                 continue  # no iteration makes what it takes: see below
             flags = [(f"{section}.kind", name), ("learner.training.value_head", "true")]
             if name == "modpo":
-                flags.append(("objectives.weights", "[0.5, 0.5]"))
+                flags.append(("objectives.weights", "[0.9, 0.1]"))
             assert getattr(load_run_config([], flags=flags), section).kind == name
 
 
@@ -128,6 +151,10 @@ def test_every_plugin_of_every_kind_has_settings() -> None:
          "9 = 2 × 4 + 1; 8 would do"),
         (f"[loss]\n{LOSS_KEY} = -1\n", f"a.toml:2: loss.{LOSS_KEY}: got -1, wanted more than 0"),
         ("loss = 3\n", "a.toml:1: loss: got 3, wanted a table"),
+        ('[loss]\nkind = "exo"\nsmoothing = 0\n', "a.toml:3: loss.smoothing: got 0, wanted more than 0"),
+        ('[loss]\nkind = "rloo"\nimportance_cap = nan\n', "a.toml:3: loss.importance_cap: got NaN, wanted at least 1"),
+        ('[loss]\nkind = "rloo"\nimportance_cap = "none"\n',
+         'a.toml:3: loss.importance_cap: got "none", wanted a number'),
         ('[loss]\nkind = "bradley_terry"\n',
          'a.toml:2: loss.kind: got "bradley_terry", wanted a loss of a policy: it trains a reward model, which is '
          'reward.kind = "model" beside a loss that learns from scores, such as grpo'),

@@ -602,8 +602,8 @@ def test_an_iteration_without_a_pair_is_committed(blank: Path, tmp_path: Path) -
     assert commit.iteration == 2
 
 
-@pytest.mark.parametrize("loss", ["exo_group", "pro", "weak_to_strong"])
-def test_a_loss_of_groups_or_labels_is_given_them_and_how_far_the_run_is(
+@pytest.mark.parametrize("loss", ["exo_group", "pro", "weak_to_strong", "pretraining"])
+def test_a_loss_of_groups_labels_or_documents_is_given_them_and_how_far_the_run_is(
     loss: str, blank: Path, tmp_path: Path
 ) -> None:
     run = run_once(tmp_path / RUN, blank, Settings(loss=loss))
@@ -613,7 +613,7 @@ def test_a_loss_of_groups_or_labels_is_given_them_and_how_far_the_run_is(
         scores: dict[str, dict[str, list[Verdict]]] = {}
         for verdict in judged:
             scores.setdefault(verdict.query_id, {}).setdefault(texts[verdict.response_id][1], []).append(verdict)
-        if loss == "weak_to_strong":
+        if loss in ("weak_to_strong", "pretraining"):
             accepted = {texts[v.response_id] for v in judged if v.label == "pass"}
             assert {texts[row] for row in plan.row_ids} == accepted
             assert metrics.material == "accepted"
@@ -750,6 +750,20 @@ def test_an_updates_own_budget_ends_no_run(blank: Path, tmp_path: Path) -> None:
     run = run_once(tmp_path / RUN, blank, Settings(kl_budget=KlBudget(enabled=True, update=11.0, run=12.0)))
     assert [row.iteration for row in read_metrics(tmp_path / RUN)] == [1, 2]
     assert not run.driver.state.kl_spent
+
+
+def test_two_engines_that_differ_at_equal_weights_raise_the_alarm(
+    blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
+    run_once(tmp_path / RUN, blank, Settings(iterations=3, rollout_gaps=(0.05, 0.0625)))
+    # In iteration 1 the gap is the greatest that is allowed, in iteration 3 nothing is known of it.
+    assert [row.training.get("rollout_gap") for row in read_metrics(tmp_path / RUN)] == [0.05, 0.0625, None]
+    assert [note for note in notes if "alarm" in note] == [
+        "alarm: in iteration 2 the rollout engine's log-probs differ from the learner's by 0.062 nats per token at "
+        "equal weights, wanted at most 0.05: compare dtypes and sampling"
+    ]
 
 
 def test_a_critic_that_is_lost_half_of_the_time_leaves_its_answers_unjudged(blank: Path, tmp_path: Path) -> None:

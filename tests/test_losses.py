@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("weak_to_strong", {"ramp": "released", "max_alpha": 1.0}),
     ("token_noise", {"weighting": "probability"}),
     ("token_noise", {"min_probability": 0.4}),
+    ("token_noise", {"label_smoothing": 0.1}),
     ("span_noise", {"unlikelihood": 0.5}),
 ]
 """Losses with settings that their invariants must hold under."""

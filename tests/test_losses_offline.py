@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.loss_batches import random_batch, rows_of, told_of_its_step
+from trainers.logprobs import mean_logprobs, token_logprobs
 from trainers.losses import (
     GroupBatch,
     LabelBatch,
@@ -79,6 +80,14 @@ def test_dpo_per_token_divides_each_log_ratio_by_its_own_length() -> None:
     # 1 / 5 + 0.5 / 4 = 0.325, times 5.
     config = dpo.Config(beta=5.0, length_norm=True)
     assert dpo.loss(pair(), config).loss.item() == pytest.approx(softplus(-1.625))
+
+
+def test_beta_is_larger_per_token_unless_it_is_set() -> None:
+    assert dpo.Config().beta == dpo.Config(length_norm=False).beta == 0.1
+    assert dpo.Config(length_norm=True).beta == 5.0
+    assert dpo.Config(length_norm=True, beta=0.1).beta == 0.1
+    # 5 * 0.325, as above.
+    assert dpo.loss(pair(), dpo.Config(length_norm=True)).loss.item() == pytest.approx(softplus(-1.625))
 
 
 def test_cdpo_of_the_toy_pair() -> None:
@@ -204,7 +213,16 @@ def test_modpo_takes_a_column_of_margins_for_each_other_objective() -> None:
     # (0.15 - 0.25 * 0.2 + 0.25 * 0.4) / 0.5 = 0.4
     assert output.loss.item() == pytest.approx(softplus(-0.4))
     with pytest.raises(ValueError, match="modpo: got 2 margins of a pair for 1 weights after the first"):
-        modpo.loss(batch, modpo.Config())
+        modpo.loss(batch, modpo.Config(weights=(0.5, 0.5)))
+
+
+def test_modpo_without_weights_takes_all_objectives_alike() -> None:
+    for margins, weights in (((0.2,), (0.5, 0.5)), ((0.2, -0.4), (1 / 3, 1 / 3, 1 / 3))):
+        batch = replace(pair(), margins=torch.tensor([margins], dtype=torch.float64))
+        alike = modpo.loss(batch, modpo.Config(weights=weights)).loss
+        torch.testing.assert_close(modpo.loss(batch, modpo.Config()).loss, alike)
+    # No margins count as 0: 2 * 0.15.
+    assert modpo.loss(pair(), modpo.Config()).loss.item() == pytest.approx(softplus(-0.3))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0,), (0.5, 0.6), (1.5, -0.5)])
@@ -484,6 +502,56 @@ def test_tokens_weigh_what_the_policy_gives_them_and_that_has_no_gradient() -> N
     output.loss.backward()
     assert batch.logprobs.grad is not None
     assert batch.logprobs.grad[0].tolist() == pytest.approx([0.0, -2 / 3, -1 / 3])
+
+
+def of_logits(logits: Tensor, token_ids: Tensor, mask: Tensor) -> TokenBatch:
+    logprobs = token_logprobs(logits, token_ids)
+    return TokenBatch(logprobs=logprobs, mask=mask, mean_logprobs=mean_logprobs(logits, token_ids, logprobs))
+
+
+def random_documents() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [3, 5, 7], token ids and targets of three documents."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+    return logits.requires_grad_(), torch.randint(0, 7, (3, 5), generator=generator), mask
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothed_labels_are_those_of_torchs_cross_entropy(smoothing: float) -> None:
+    logits, token_ids, mask = random_documents()
+    config = token_noise.Config(min_probability=0.0, label_smoothing=smoothing)
+    output = token_noise.loss(of_logits(logits, token_ids, mask), config)
+    labels = token_ids.masked_fill(~mask, -100)[:, 1:].reshape(-1)
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 7), labels, ignore_index=-100, label_smoothing=smoothing
+    )
+    assert output.loss.item() == pytest.approx(wanted.item(), abs=1e-12)
+    got, expected = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (output.loss, wanted))
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+def test_the_gradient_of_smoothed_labels_by_all_logits_is_the_finite_difference() -> None:
+    logits, token_ids, mask = random_documents()
+    # Three of seven targets have a probability above 0.08, none is within 0.02 of it.
+    config = token_noise.Config(min_probability=0.08, label_smoothing=0.2)
+    assert 0 < token_noise.loss(of_logits(logits, token_ids, mask), config).metrics["kept"] < 1
+
+    def value(logits: Tensor) -> Tensor:
+        return token_noise.loss(of_logits(logits, token_ids, mask), config).loss
+
+    assert torch.autograd.gradcheck(value, [logits], eps=1e-6, atol=1e-8)
+
+
+def test_a_token_that_is_left_out_for_its_probability_is_not_smoothed_either() -> None:
+    batch = replace(tokens(0.5, 0.009), mean_logprobs=vector(0.0, -2.0, -5.0)[None].requires_grad_())
+    output = token_noise.loss(batch, token_noise.Config(min_probability=0.01, label_smoothing=0.25))
+    # 0.75 * log(2) + 0.25 * 2
+    assert output.loss.item() == pytest.approx(0.75 * math.log(2) + 0.5)
+    assert batch.mean_logprobs is not None
+    assert torch.autograd.grad(output.loss, batch.mean_logprobs)[0].tolist() == [[0.0, -0.25, 0.0]]
+    with pytest.raises(ValueError, match=r"got no mean_logprobs with label_smoothing = 0\.25"):
+        token_noise.loss(tokens(0.5), token_noise.Config(label_smoothing=0.25))
 
 
 def test_without_flagged_spans_it_is_supervised_fine_tuning_exactly() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.sampled_tokens import sampled
 from trainers.advantages import Samples
 from trainers.feedback.segments import Span, segment_rewards
-from trainers.importance import token_factors
+from trainers.importance import Correction, token_factors
 from trainers.kl import KlControl, controlled
 from trainers.losses import TokenBatch, grpo, load_loss, ppo, reinforce_pp, relc, rloo
 from trainers.policy_gradient import PolicyLoss, clipped_surrogate
@@ -141,6 +141,20 @@ def test_ppo_makes_the_toys_advantages_and_returns() -> None:
     torch.testing.assert_close(white.returns, found.returns)
 
 
+def test_ppo_takes_the_penalty_of_a_missing_end_off_the_last_tokens_reward() -> None:
+    """A cut response of two tokens and one that ended; no KL, no value expected: lambda 0.5 halves what comes later."""
+    mask = torch.tensor([[True, True], [True, False]])
+    given = samples_of([0.75, 1.0], mask=mask, values=torch.zeros(2, 2), ended=torch.tensor([False, True]))
+    settings = {"kl_coefficient": 0.0, "gae_decay": 0.5, "whiten": False}
+    # The cut one's last reward: 0.75 - 0.25 = 0.5.
+    found = ppo.advantages(given, ppo.Config(missing_end_penalty=0.25, **settings))
+    assert found.advantages.tolist() == [[0.25, 0.5], [1.0, 0.0]]
+    assert found.returns is not None
+    assert found.returns.tolist() == [[0.25, 0.5], [1.0, 0.0]]
+    # Without one it counts as a response that ended, with the score that it was given.
+    assert ppo.advantages(given, ppo.Config(**settings)).advantages.tolist() == [[0.375, 0.75], [1.0, 0.0]]
+
+
 def test_ppo_without_values_says_what_else_there_is() -> None:
     with pytest.raises(ValueError, match="wanted value_head = true; or use grpo, rloo, reinforce_pp"):
         ppo.advantages(samples_of([1.0]), ppo.Config())
@@ -214,11 +228,11 @@ SHOWN = torch.tensor([[True, True, False], [True, True, True]])
         # The rows' ratios are 2 * 2.5 = 5 and 0.5 * 0.4 * 4 = 0.8.
         ("sequence-truncate", 3.0, 0.0, [[3.0, 3.0], [0.8, 0.8, 0.8]]),
         ("sequence-mask", 3.0, 0.0, [[0.0, 0.0], [0.8, 0.8, 0.8]]),
-        ("sequence-mask", None, 0.9, [[5.0, 5.0], [0.0, 0.0, 0.0]]),
+        ("sequence-mask", math.inf, 0.9, [[5.0, 5.0], [0.0, 0.0, 0.0]]),
     ],
 )
 def test_factors_by_token_or_sequence_are_truncated_or_masked(
-    kind: Any, cap: float | None, floor: float, wanted: list[list[float]]
+    kind: Any, cap: float, floor: float, wanted: list[list[float]]
 ) -> None:
     found = token_factors(LOG_RATIOS, SHOWN, kind=kind, cap=cap, floor=floor)
     assert [row[mask].tolist() for row, mask in zip(found, SHOWN, strict=True)] == [pytest.approx(w) for w in wanted]
@@ -251,6 +265,15 @@ def test_factors_multiply_the_policys_loss_alone() -> None:
     assert with_kl.loss.item() > 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_single_tokens_are_truncated_at_two_and_everything_else_at_three_unless_a_cap_is_set(name: str) -> None:
+    kind = load_loss(name).Config
+    caps = {how: kind(importance=how).importance_cap for how in get_args(Correction)}
+    assert caps.pop("token-truncate") == 2.0
+    assert set(caps.values()) == {3.0}
+    assert kind(importance="token-truncate", importance_cap=4.0).importance_cap == 4.0
+
+
 def test_by_sequence_without_a_cap_the_gradient_is_unbiased_and_uncorrected_it_is_not() -> None:
     """Answers of two tokens out of two; another policy sampled them. All four, each as often as it was sampled."""
     answers = torch.tensor(list(itertools.product((0, 1), repeat=2)))
@@ -274,7 +297,7 @@ def test_by_sequence_without_a_cap_the_gradient_is_unbiased_and_uncorrected_it_i
             rollout_logprobs=rollout,
             advantages=rewards[:, None].expand(4, 2),
         )
-        config = grpo.Config(kl_coefficient=0.0, reduction="seq-sum", importance=kind, importance_cap=None)
+        config = grpo.Config(kl_coefficient=0.0, reduction="seq-sum", importance=kind, importance_cap=math.inf)
         found = torch.autograd.grad(grpo.loss(batch, config).loss, [first, second], retain_graph=True)
         return max(float((a - b).abs().max()) for a, b in zip(found, true, strict=True))
 
@@ -483,6 +506,40 @@ def test_the_baseline_of_reinforce_pp_is_the_groups_mean() -> None:
     config = reinforce_pp.Config(kl_coefficient=0.0, baseline=True)
     found = reinforce_pp.advantages(samples_of([1.0, 0.0, 11.0, 10.0], groups=names), config).advantages
     assert found[:, 0].tolist() == pytest.approx([1, -1, 1, -1], abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- a missing end
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "wanted"),
+    # Scores 1, 1 - 1 and 0.5, of which the second was cut; a third, unscored, plays no part.
+    [
+        # Minus the mean of the others: 1 - 0.25, 0 - 0.75, 0.5 - 0.5.
+        ("rloo", {}, [0.75, -0.75, 0.0, 0.0]),
+        ("grpo", {"scale": "none"}, [0.5, -0.5, 0.0, 0.0]),
+        # One token each: 0.5, -0.5 and 0 over the deviation sqrt((0.25 + 0.25) / 3), by group or over all alike.
+        ("reinforce_pp", {}, [math.sqrt(1.5), -math.sqrt(1.5), 0.0, 0.0]),
+        ("reinforce_pp", {"baseline": True}, [math.sqrt(1.5), -math.sqrt(1.5), 0.0, 0.0]),
+    ],
+)
+def test_without_a_value_model_a_missing_end_comes_off_the_score_too(
+    name: str, settings: dict[str, Any], wanted: list[float]
+) -> None:
+    loss = load_loss(name)
+    assert isinstance(loss, PolicyLoss)
+    given = samples_of([1.0, 1.0, 0.5, NAN], ended=torch.tensor([True, False, True, False]))
+    config = loss.Config.model_validate({"kl_coefficient": 0.0, "missing_end_penalty": 1.0, **settings})
+    found = loss.advantages(given, config)
+    assert found.advantages[:, 0].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert found.live.tolist() == [True, True, True, False]
+
+
+def test_a_missing_end_and_an_overlong_answer_cost_grpo_both() -> None:
+    # Lengths 1, 3 (cut) and 2 of at most 3 with a buffer of 2: scores 1 - 0, 1 - 1 - 1 and 1 - 1/2, whose mean is 1/6.
+    given = samples_of([1.0] * 3, mask=RAGGED[:3], ended=torch.tensor([True, False, True]))
+    config = grpo.Config(scale="none", max_tokens=3, overlong_buffer_tokens=2, missing_end_penalty=1.0)
+    assert grpo.advantages(given, config).advantages[:, 0].tolist() == pytest.approx([5 / 6, -7 / 6, 1 / 3])
 
 
 # ----------------------------------------------------------------------------------------------------------- L-RELC

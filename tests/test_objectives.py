@@ -37,7 +37,7 @@ from trainers.feedback.objectives import (
     with_margins,
 )
 from trainers.feedback.training_data import of_samples
-from trainers.run_config import load_run_config
+from trainers.run_config import load_run_config, read_resolved
 
 FRONT = {"a": (1.0, 0.0), "b": (0.4, 0.4), "c": (0.0, 1.0)}
 """Three points of a concave front: b lies below the line from a to c."""
@@ -302,10 +302,14 @@ def test_a_run_with_objectives_stores_each_pairs_margins(blank: Path, tmp_path: 
     ("text", "message"),
     [
         ('[loss]\nkind = "modpo"\n',
-         'a.toml:2: loss.kind: got "modpo" without objectives, wanted a section [objectives] with one for each of '
-         "loss.weights: it trades the pairs' own against others"),
-        ('[loss]\nkind = "modpo"\n[objectives]\n',
-         "a.toml:1: loss.weights: got [0.5, 0.5], wanted those of objectives.weights, [0.9, 0.1]"),
+         'a.toml:2: loss.kind: got "modpo" without objectives, wanted a section [objectives], whose first is '
+         "the pairs' own: it trades that against the others"),
+        ('[loss]\nkind = "modpo"\nweights = [0.5, 0.5]\n[objectives]\n',
+         "a.toml:3: loss.weights: got [0.5, 0.5], wanted those of objectives.weights, [0.9, 0.1], or none: they are "
+         "then these"),
+        ('[loss]\nkind = "modpo"\n[objectives]\nweights = [0, 1]\n',
+         'a.toml:4: objectives.weights: got [0.0, 1.0] with loss.kind = "modpo", wanted the first above 0: its pairs '
+         "are preferences by that"),
         ('[loss]\nkind = "modpo"\n[objectives]\nnames = ["brevity", "verdict"]\nweights = [0.5, 0.5]\n',
          'a.toml:4: objectives.names: got "brevity" first with loss.kind = "modpo", wanted "verdict": its pairs are '
          "preferences by that"),
@@ -332,6 +336,18 @@ def test_objectives_by_toml_are_accepted(loss: str, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(f'[loss]\nkind = "{loss}"\n[objectives]\nweights = [0.5, 0.5]\n')
     assert load_run_config([path]).objectives == ObjectivesConfig(weights=(0.5, 0.5))
+
+
+def test_modpo_that_is_told_no_weights_has_those_of_the_objectives(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[loss]\nkind = "modpo"\n[objectives]\nweights = [0.7, 0.3]\n')
+    config = load_run_config([path])
+    assert config.model_dump(mode="json")["loss"]["weights"] == [0.7, 0.3]
+    resolved = tmp_path / "resolved.json"
+    resolved.write_text(config.model_dump_json())
+    assert read_resolved(resolved) == config
+    path.write_text('[loss]\nkind = "modpo"\nweights = [0.9, 0.1]\n[objectives]\n')
+    assert load_run_config([path]).loss.model_dump()["weights"] == (0.9, 0.1)
 
 
 def test_one_of_three_random_scores_per_objective_is_enough_for_moments() -> None:

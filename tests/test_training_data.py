@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from actors.oversight import Judged
 from actors.records import Issue, Verdict
@@ -26,10 +27,11 @@ from trainers.feedback.training_data import (
     of_judged,
     of_pairs,
     of_samples,
+    reads_prompts,
     reads_spans,
 )
 from trainers.group_rows import group_rows
-from trainers.losses import load_loss, relc
+from trainers.losses import load_loss, pretraining, relc
 from trainers.unpaired_rows import unpaired_rows
 
 ANSWERS = ((0.9, "a"), (0.9, "a"), (0.1, "b"), (None, "c"))
@@ -58,7 +60,7 @@ def test_every_loss_is_told_what_it_learns_from_or_that_no_iteration_makes_it() 
     }  # fmt: skip
     assert {found[name] for name in ("dpo", "cdpo", "rdpo", "ipo", "exo", "rso")} == {"pairs"}
     assert {name for name, material in found.items() if material == "judged"} == {"kto"}
-    accepted = ("sft", "token_noise", "span_noise", "gce", "weak_to_strong", "forward_correction")
+    accepted = ("sft", "pretraining", "token_noise", "span_noise", "gce", "weak_to_strong", "forward_correction")
     assert {found[name] for name in accepted} == {"accepted"}
     assert {name for name, material in found.items() if material == "groups"} == {"pro", "exo_group"}
     assert found["bradley_terry"] is None
@@ -118,6 +120,22 @@ def test_accepted_are_the_responses_that_pass_each_text_once_for_a_query() -> No
     rows = token_rows(data.table)
     assert rows.flags is None
     assert rows.num_targets.tolist() == [2, 2]
+
+
+def test_pretraining_learns_the_prompt_too_and_no_other_loss_does() -> None:
+    assert [name for name in plugin_names("trainers.losses") if reads_prompts(name)] == ["pretraining"]
+    # Three prompt tokens, of which nothing predicts the first, then the text and its end.
+    judged = [make_judged("r0", 0.9, text="4"), make_judged("r1", 0.9, query_id="q1", text="42")]
+    verdicts = [make_verdict("r0", 0.9), make_verdict("r1", 0.9, query_id="q1")]
+    whole, plain = (token_rows(of_accepted(judged, verdicts, **FRESH, prompts=p).table) for p in (True, False))
+    assert whole.pad([0, 1]).mask.int().tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+    assert plain.pad([0, 1]).mask.int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    # A log-prob of minus its place for each token: 1 + 2 + 3 + 4 and 5 more nats on nine tokens of two documents.
+    logprobs = -torch.arange(6.0, dtype=torch.float64).expand(2, 6)
+    batch = whole.batch([0, 1], logprobs=logprobs, mask=whole.pad([0, 1]).mask, totals=whole.totals([0, 1]))
+    output = pretraining.loss(batch, pretraining.Config())
+    assert output.loss.item() == pytest.approx(25 / 9)
+    assert output.metrics["document_nll"].item() == pytest.approx(25 / 2)
 
 
 def test_what_could_have_been_a_row_and_is_none_is_left_out() -> None:

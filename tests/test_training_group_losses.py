@@ -426,7 +426,7 @@ def test_kto_measures_its_reference_point_on_other_rows_responses(
     assert report.steps[0].metrics["reference_point"] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gce", "token_noise", "span_noise"])
+@pytest.mark.parametrize("name", ["gce", "token_noise", "span_noise", "smoothed"])
 def test_a_noise_robust_loss_starts_at_what_the_whole_batch_comes_to_by_hand(
     loop: Loop, groups: dict[int, TrainingGroup], source: ModelSource, name: str
 ) -> None:
@@ -443,18 +443,28 @@ def test_a_noise_robust_loss_starts_at_what_the_whole_batch_comes_to_by_hand(
         "gce": gce.Config(q=0.7),
         "token_noise": token_noise.Config(min_probability=0.0095),
         "span_noise": span_noise.Config(unlikelihood=0.5),
+        "smoothed": token_noise.Config(min_probability=0.0, label_smoothing=0.1),
     }[name]
+    kind = "token_noise" if name == "smoothed" else name
 
     async def call() -> UpdateReport:
         await groups[2].reopen(config=settings(2, micro_batch_tokens=32), source=source)
-        return await groups[2].update(pa.table(columns), loss=name, loss_config=config, plan=plan)
+        return await groups[2].update(pa.table(columns), loss=kind, loss_config=config, plan=plan)
 
     report = loop.run(call())
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     losses = []
     for prompt, response, flags in zip(prompts, responses, flagged, strict=True):
         ids = torch.tensor([prompt + response])
-        for logprob, flag in zip(token_logprobs(model(input_ids=ids).logits, ids)[0, 3:].tolist(), flags, strict=True):
+        logits = model(input_ids=ids).logits
+        logprobs: list[float] = token_logprobs(logits, ids)[0].tolist()
+        if name == "smoothed":
+            smoothed = torch.nn.functional.cross_entropy(
+                logits[0, 2:-1], ids[0, 3:], label_smoothing=0.1, reduction="none"
+            )
+            losses += smoothed.tolist()
+            continue
+        for logprob, flag in zip(logprobs[3:], flags, strict=True):
             probability = math.exp(logprob)
             if name == "gce":
                 losses.append((1 - probability**0.7) / 0.7)

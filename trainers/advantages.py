@@ -57,6 +57,10 @@ class Samples:
         found: Tensor = torch.isfinite(self.scores) & self.mask.any(dim=1)
         return found
 
+    def end_scores(self, *, missing_end_penalty: float) -> Tensor:
+        """Return (N,) scores, less a penalty where a response was cut before its end; a missing one stays missing."""
+        return self.scores - missing_end_penalty * (~self.ended).to(self.scores.dtype)
+
     def log_ratios(self) -> Tensor:
         """Return (N, T): log-probs at the update's start minus the reference's (k1), 0 outside the mask."""
         import torch
@@ -84,8 +88,6 @@ def token_rewards(
     mask: Tensor,
     *,
     kl_coefficient: float,
-    ended: Tensor | None = None,
-    missing_end_penalty: float = 0.0,
 ) -> Tensor:
     """Return (N, T) rewards: -kl_coefficient * k1 on each token, and the score on the last one (Stiennon et al. 2020).
 
@@ -94,15 +96,11 @@ def token_rewards(
         log_ratios: (N, T) policy minus reference, of the sampled tokens (k1).
         mask: (N, T) bool.
         kl_coefficient: price of a nat.
-        ended: (N,) bool, or None: all did.
-        missing_end_penalty: taken off the score of a response that has no end.
     """
     import torch
 
     rewards = torch.where(mask, -kl_coefficient * log_ratios, 0.0).detach()
     whole = torch.nan_to_num(scores, nan=0.0).to(rewards.dtype)
-    if ended is not None:
-        whole = whole - missing_end_penalty * (~ended).to(rewards.dtype)
     return rewards + torch.where(last_tokens(mask), whole[:, None], 0.0).detach()
 
 

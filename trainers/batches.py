@@ -309,8 +309,16 @@ class TokenRows:
         token_ids, masks = [self.token_ids[row] for row in rows], [self.masks[row] for row in rows]
         return _pad(token_ids, masks, num_sequences=1, num_passes=num_passes)
 
-    def batch(self, rows: Sequence[int], *, logprobs: Tensor, mask: Tensor, totals: Totals) -> TokenBatch:
-        """Return what a token loss takes, from the policy's [B, T] log-probs."""
+    def batch(
+        self,
+        rows: Sequence[int],
+        *,
+        logprobs: Tensor,
+        mask: Tensor,
+        totals: Totals,
+        mean_logprobs: Tensor | None = None,
+    ) -> TokenBatch:
+        """Return what a token loss takes, from the policy's [B, T] log-probs, and their means over the vocabulary."""
         flagged = None
         if self.flags is not None:
             flagged = _pad(
@@ -324,6 +332,7 @@ class TokenRows:
             global_rows=totals.weight,
             flagged=None if flagged is None else flagged.to(logprobs.device),
             global_flagged_tokens=totals.flagged_tokens,
+            mean_logprobs=mean_logprobs,
         )
 
 

@@ -9,9 +9,10 @@ training"). Of a pair, whose two responses were sampled apart, it is the product
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from cluster.config import Config
 
@@ -26,13 +27,22 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped here, in nats: beyond it nothing is left to tell apart."""
 
 
+Cap: TypeAlias = Annotated[
+    float,
+    Field(ge=1.0, allow_inf_nan=True),
+    BeforeValidator(lambda value: math.inf if value == "inf" else value),
+    PlainSerializer(lambda value: "inf" if value == math.inf else value, return_type=Any, when_used="json"),
+]
+"""A greatest ratio; inf: there is none. In JSON, which has no such number, "inf"."""
+
+
 class ImportanceConfig(Config):
     """How samples that older weights made are corrected for."""
 
     kind: Literal["truncate", "mask", "none"] = "truncate"
     """truncate: ratios above `cap` count as `cap`; mask: samples with such a ratio are left out; none."""
-    cap: float = Field(default=3.0, ge=1.0)
-    """Greatest ratio of the probabilities, of all tokens of a row's responses together."""
+    cap: Cap = 3.0
+    """Greatest ratio of the probabilities, of all tokens of a row's responses together; inf: there is none."""
     applies_to: Literal["stale", "all"] = "stale"
     """stale: to samples of older versions; all: also to samples of the version that is trained, whose ratio is the
     rounding of two engines (bf16)."""
@@ -60,9 +70,7 @@ Correction: TypeAlias = Literal["none", "token-truncate", "token-mask", "sequenc
 ratio of the whole. truncate: min(ratio, cap); mask: 0 where the ratio is outside [floor, cap]."""
 
 
-def token_factors(
-    log_ratios: Tensor, mask: Tensor, *, kind: Correction, cap: float | None, floor: float = 0.0
-) -> Tensor:
+def token_factors(log_ratios: Tensor, mask: Tensor, *, kind: Correction, cap: float, floor: float = 0.0) -> Tensor:
     """Return (B, T) detached factors of a policy loss (L-TIS); equal log-probs give exactly 1.
 
     By sequence and without bounds the expectation of the reweighed loss is that under the training engine's weights;
@@ -72,7 +80,7 @@ def token_factors(
         log_ratios: (B, T) training engine's log-probs at the update's start minus the rollout engine's.
         mask: (B, T) bool: the sampled tokens.
         kind: by token or by sequence, truncated or masked.
-        cap: greatest ratio; None: unbounded.
+        cap: greatest ratio; inf: unbounded.
         floor: least ratio, for masks.
     """
     import torch
@@ -83,7 +91,6 @@ def token_factors(
     if kind in ("sequence-truncate", "sequence-mask"):
         logs = logs.sum(dim=1, keepdim=True).expand_as(logs)
     ratios = logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    greatest = torch.inf if cap is None else cap
     if kind in ("token-truncate", "sequence-truncate"):
-        return ratios.clamp(max=greatest)
-    return torch.where((ratios > greatest) | (ratios < floor), 0.0, ratios)
+        return ratios.clamp(max=cap)
+    return torch.where((ratios > cap) | (ratios < floor), 0.0, ratios)

@@ -31,6 +31,22 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
     return torch.cat([first, -negative.view(token_ids.shape[0], -1)], dim=1)
 
 
+def mean_logprobs(logits: Tensor, token_ids: Tensor, logprobs: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return [B, T]: log p at t, averaged over all V tokens instead of taken of the one at t; column 0 is 0.
+
+    Args:
+        logits: [B, T, V].
+        token_ids: [B, T] int64.
+        logprobs: [B, T]: what `token_logprobs` makes of them.
+        temperature: as there.
+    """
+    predictors = logits[:, :-1]
+    # A token's log-prob is its logit less the normaliser, which is thus known without another look at all logits.
+    own = predictors.gather(2, token_ids[:, 1:, None])[..., 0].to(logprobs.dtype)
+    gaps = (predictors.mean(dim=2, dtype=logprobs.dtype) - own) / temperature
+    return torch.cat([torch.zeros_like(logprobs[:, :1]), logprobs[:, 1:] + gaps], dim=1)
+
+
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Return [B]: the sum of `logprobs` [B, T] where `mask` [B, T] bool is true; what lies outside plays no part."""
     return torch.where(mask, logprobs, 0.0).sum(dim=1)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster import config as settings
 from trainers.advantages import Estimates, Samples
-from trainers.importance import Correction, token_factors
+from trainers.importance import Cap, Correction, token_factors
 from trainers.kl import KlControl, estimate
 from trainers.losses import LossOutput, Reduction, TokenBatch
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios of new to old are clamped here, in nats."""
+
+TOKEN_CAP = 2.0
+"""Greatest ratio of a single token where it is truncated and no cap is set (Yao et al. 2025)."""
 
 Level: TypeAlias = Literal["token", "sequence", "sequence-mean"]
 """Whose ratio rho is: each token's own, the response's (sum of log-ratios), or its geometric mean (GSPO)."""
@@ -47,14 +50,25 @@ class PolicyConfig(settings.Config):
     importance: Correction = "sequence-mask"
     """How the rollout engine's log-probs, where the table has them, reweigh the loss: "none", or by token or sequence,
     cut at the cap (truncate) or left out (mask)."""
-    importance_cap: float | None = Field(default=3.0, ge=1.0)
-    """Greatest such ratio of training engine to rollout engine."""
+    importance_cap: Cap = 3.0
+    """Greatest such ratio of training engine to rollout engine; inf: there is none. Where it is not set: 2 of
+    "token-truncate"."""
     importance_floor: float = Field(default=0.0, ge=0.0, le=1.0)
     """Least such ratio, of the two masks."""
+    missing_end_penalty: float = Field(default=0.0, ge=0.0)
+    """Taken off the score of a response that was cut before its end, in the score's unit; 0: it counts as one that
+    ended, with the score that it was given."""
     temperature: float | None = Field(default=None, gt=0.0)
     """That of the sampling: log-probs are taken at it. Unset: rollouts.sampling.temperature; outside a run 1."""
     kl_control: KlControl = KlControl()
     """How kl_coefficient changes from one update to the next."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_cap(cls, values: Any) -> Any:
+        """Return the values with the cap that goes with tokens truncated, where those are asked for and none is."""
+        by_token = isinstance(values, dict) and values.get("importance") == "token-truncate"
+        return {"importance_cap": TOKEN_CAP} | values if by_token else values
 
 
 class TokenMeansConfig(PolicyConfig):

@@ -57,7 +57,7 @@ from trainers.feedback.selection import SelectionConfig
 from trainers.feedback.training_data import material_of
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
-from trainers.losses import forward_correction, grpo, load_loss
+from trainers.losses import forward_correction, grpo, load_loss, modpo
 from trainers.policy_gradient import PolicyConfig, TokenMeansConfig, as_sampled, kl_price
 from trainers.serving_config import ServingConfig
 from trainers.tracking_config import TrackingConfig
@@ -225,6 +225,14 @@ class RunConfig(Config):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _fill_weights(self) -> RunConfig:
+        """Give modpo, where it is told none, the objectives' weights."""
+        if isinstance(self.loss, modpo.Config) and self.loss.weights is None and self.objectives is not None:
+            filled = self.loss.model_copy(update={"weights": self.objectives.weights})
+            object.__setattr__(self, "loss", filled)  # it is frozen, and this is still its making
+        return self
+
 
 def load_run_config(
     paths: Sequence[Path],
@@ -251,8 +259,11 @@ def load_run_config(
     if problems:
         raise ConfigError(problems)
     # The base lies below as values: a section's default holds for the keys that a file leaves out of that section.
-    below = Settings(values=(base or RunConfig()).model_dump(mode="json"))
-    settings = layered([below, *read, *(flag_settings(key, text) for key, text in flags)])
+    start = base or RunConfig()
+    below = start.model_dump(mode="json")
+    # Of the loss what was set and nothing else: some of its defaults hang on its other keys, which a file may set.
+    below["loss"] = {"kind": start.loss.kind, **start.loss.model_dump(mode="json", exclude_unset=True)}
+    settings = layered([Settings(values=below), *read, *(flag_settings(key, text) for key, text in flags)])
     config = validated(RunConfig, settings)
     problems = located(check(config), settings=settings)
     if problems:

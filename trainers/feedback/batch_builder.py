@@ -40,6 +40,7 @@ from trainers.feedback.training_data import (
     of_judged,
     of_pairs,
     of_samples,
+    reads_prompts,
     reads_spans,
 )
 from trainers.journal import Journal
@@ -120,7 +121,14 @@ class BatchBuilder:
             data = of_judged(judged, verdicts, version=iteration - 1, max_age=self.max_age, spans=spans)
         else:
             spans = config.tokens_spanning if reads_spans(config.loss) else None
-            data = of_accepted(judged, verdicts, version=iteration - 1, max_age=self.max_age, spans=spans)
+            data = of_accepted(
+                judged,
+                verdicts,
+                version=iteration - 1,
+                max_age=self.max_age,
+                spans=spans,
+                prompts=reads_prompts(config.loss),
+            )
             data = select_responses(data, rollouts.responses, config.selection, iteration=iteration)
         return replace(data, dropped={**data.dropped, **trusted.dropped})
 

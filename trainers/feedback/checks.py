@@ -109,8 +109,8 @@ def objectives_problems(
     if objectives is None:
         if loss == "modpo":
             yield (
-                'loss.kind: got "modpo" without objectives, wanted a section [objectives] with one for each of '
-                "loss.weights: it trades the pairs' own against others"
+                'loss.kind: got "modpo" without objectives, wanted a section [objectives], whose first is '
+                "the pairs' own: it trades that against the others"
             )
         return
     if "steps" in objectives.names and oversight.kind in CONTROLS:
@@ -124,10 +124,15 @@ def objectives_problems(
                 f'objectives.names: got "{objectives.names[0]}" first with loss.kind = "modpo", wanted "verdict": its '
                 "pairs are preferences by that"
             )
-        if objectives.weights != loss_config.weights:
+        if objectives.weights[0] == 0:
+            yield (
+                f'objectives.weights: got {list(objectives.weights)} with loss.kind = "modpo", wanted the first above '
+                "0: its pairs are preferences by that"
+            )
+        if loss_config.weights is not None and objectives.weights != loss_config.weights:
             yield (
                 f"loss.weights: got {list(loss_config.weights)}, wanted those of objectives.weights, "
-                f"{list(objectives.weights)}"
+                f"{list(objectives.weights)}, or none: they are then these"
             )
     elif material_of(loss) != "samples":
         yield (

@@ -9,7 +9,8 @@
     tokens (sft, …), labels           the responses that pass, each text once per query: rejection-sampling fine-tuning;
                                       a loss of labels takes their tokens for the labels of a weak or noisy labeller
 
-A loss that reads spans is also told where in a response the critiques found fault.
+A loss that reads spans is also told where in a response the critiques found fault; one that reads prompts has their
+tokens as targets too.
 
 What gives no row is dropped and counted (SCIENCE §3), by reason: `stale` and `unjudged` as for pairs; of tokens also
 `rejected` and `duplicate`; of unpaired responses `duplicate`, and bad ones that are cut at a flaw with which a good one
@@ -33,7 +34,16 @@ from actors.records import LeftOut, PreferencePair, Response, Verdict, lineage_i
 from actors.rubrics import PASS
 from trainers.feedback.preferences import Pairs, age_of
 from trainers.feedback.segments import SegmentSettings, TokensSpanning, rewards_of
-from trainers.losses import GroupBatch, LabelBatch, PairBatch, SpanLoss, TokenBatch, UnpairedBatch, load_loss
+from trainers.losses import (
+    DocumentLoss,
+    GroupBatch,
+    LabelBatch,
+    PairBatch,
+    SpanLoss,
+    TokenBatch,
+    UnpairedBatch,
+    load_loss,
+)
 from trainers.policy_gradient import PolicyLoss
 
 Known = TypeVar("Known")
@@ -86,6 +96,12 @@ def reads_spans(loss: str) -> bool:
     """Return whether a loss looks at where critiques found fault."""
     module = load_loss(loss)
     return isinstance(module, SpanLoss) and module.reads_spans
+
+
+def reads_prompts(loss: str) -> bool:
+    """Return whether a loss learns the prompt's tokens like the response's."""
+    module = load_loss(loss)
+    return isinstance(module, DocumentLoss) and module.reads_prompts
 
 
 def of_pairs(pairs: Pairs, place: Callable[[PreferencePair], str]) -> TrainingData:
@@ -236,12 +252,19 @@ def of_judged(
 
 
 def of_accepted(
-    judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int, spans: TokensSpanning | None
+    judged: Sequence[Judged],
+    verdicts: Sequence[Verdict],
+    *,
+    version: int,
+    max_age: int,
+    spans: TokensSpanning | None,
+    prompts: bool = False,
 ) -> TrainingData:
     """Return the responses that pass, each text once for a query; the arguments are those of `of_samples`.
 
-    With `spans` also the responses that fail at a flaw which the critique quotes, up to its end, the flaw flagged: what
-    comes before it is not at fault, and what follows from it teaches nothing.
+    With `prompts` the query's tokens are targets too. With `spans` also the responses that fail at a flaw which the
+    critique quotes, up to its end, the flaw flagged: what comes before it is not at fault, and what follows from it
+    teaches nothing.
     """
     chosen, dropped = _fresh(judged, _with_label(verdicts), version=version, max_age=max_age)
     kept: dict[tuple[str, str], tuple[Judged, list[bool]]] = {}
@@ -261,6 +284,9 @@ def of_accepted(
     columns = _tokens(cut)
     if spans is not None:
         columns["flagged"] = pa.array([flags for _, flags in kept.values()], pa.list_(pa.bool_()))
+    if prompts:
+        every = [[True] * (len(row.prompt_token_ids) + len(row.token_ids)) for row in cut]
+        columns["loss_mask"] = pa.array(every, pa.list_(pa.bool_()))
     return _data(pa.table(columns), items, dropped)
 
 

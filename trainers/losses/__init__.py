@@ -131,6 +131,9 @@ class TokenBatch:
     """(B, T) bool or None: tokens within a span that a critique has found fault with."""
     global_flagged_tokens: float | None = None
     """Sum of weight x masked and flagged tokens over the global batch."""
+    mean_logprobs: Tensor | None = None
+    """(B, T), with gradient: log-prob averaged over the vocabulary, where `logprobs` has that of the token itself; None
+    unless the loss asks for it (`SmoothedLoss`)."""
     step_figures: Tensor | None = None
     """(N, F): what the loss's `first_pass` gave for all rows of the step; None: this batch is the step."""
     old_logprobs: Tensor | None = None
@@ -397,6 +400,22 @@ class SpanLoss(Loss, Protocol):
     """A loss that looks at where in a response a critique found fault: `TokenBatch.flagged`, or segment rewards."""
 
     reads_spans: bool
+
+
+@runtime_checkable
+class SmoothedLoss(Loss, Protocol):
+    """A loss that may look at every token that could have stood where a target does: `TokenBatch.mean_logprobs`."""
+
+    def reads_means(self, config: Any) -> bool:
+        """Return whether it does, by its settings; it costs a mean over the logits."""
+        ...
+
+
+@runtime_checkable
+class DocumentLoss(Loss, Protocol):
+    """A loss to which the loop gives every token of a document as a target, the prompt's too, by a `loss_mask`."""
+
+    reads_prompts: bool
 
 
 def load_loss(name: str) -> Loss:

@@ -90,7 +90,8 @@ def advantages(samples: Samples, config: Config) -> Estimates:
 
     from trainers.advantages import group_relative, informative, overlong_penalties
 
-    scores = torch.where(samples.mask.any(dim=1), samples.scores, torch.nan)
+    given = samples.end_scores(missing_end_penalty=config.missing_end_penalty)
+    scores = torch.where(samples.mask.any(dim=1), given, torch.nan)
     if config.overlong:
         if config.max_tokens is None:
             raise ValueError(

@@ -22,14 +22,17 @@ class Config(settings.Config):
 
     beta: float = Field(default=0.1, gt=0.0)
     """Strength of the pull towards the reference."""
-    weights: tuple[float, ...] = (0.5, 0.5)
-    """w_0 of the pairs' own objective, above 0, then those of the margins' columns; they add up to 1."""
+    weights: tuple[float, ...] | None = None
+    """w_0 of the pairs' own objective, above 0, then those of the margins' columns; they add up to 1. Where they are
+    not set: in a run objectives.weights; by itself the same for each."""
     nll_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the chosen responses' negative log-likelihood per token (nats); not of the paper's."""
 
     @model_validator(mode="after")
     def _in_the_simplex(self) -> Config:
         weights = self.weights
+        if weights is None:
+            return self
         if len(weights) < 2 or weights[0] <= 0 or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
             raise ValueError(
                 f"weights: got {list(weights)}, wanted two or more that add up to 1, the first above 0 and none below 0"
@@ -49,9 +52,11 @@ def loss(batch: PairBatch, config: Config) -> LossOutput:
 
     chosen, rejected = batch.logratios()
     rewards = config.beta * (chosen - rejected)
-    own, *others = config.weights
-    margins = rewards.new_zeros(len(rewards), len(others)) if batch.margins is None else batch.margins.detach()
-    margins = margins[:, None] if margins.ndim == 1 else margins
+    margins = rewards.new_zeros(len(rewards), len(config.weights or (1, 1)) - 1)
+    if batch.margins is not None:
+        margins = batch.margins.detach().view(len(rewards), -1)
+    num_objectives = 1 + margins.shape[1]
+    own, *others = config.weights or [1.0 / num_objectives] * num_objectives
     if margins.shape[1] != len(others):
         raise ValueError(f"modpo: got {margins.shape[1]} margins of a pair for {len(others)} weights after the first")
     logits = (rewards - margins @ rewards.new_tensor(others)) / own

@@ -30,8 +30,6 @@ class Config(TokenMeansConfig):
 
     kl_coefficient: float = Field(default=0.05, ge=0.0)
     """Price of a nat of KL to the reference, taken off each token's reward (k1)."""
-    missing_end_penalty: float = Field(default=0.0, ge=0.0)
-    """Taken off the score of a response that was cut before its end."""
     discount: float = Field(default=1.0, gt=0.0, le=1.0)
     """Gamma: worth of the next token's reward."""
     gae_decay: float = Field(default=0.95, ge=0.0, le=1.0)
@@ -60,14 +58,8 @@ def advantages(samples: Samples, config: Config) -> Estimates:
         )
     live = samples.scored()
     mask = samples.mask & live[:, None]
-    rewards = token_rewards(
-        samples.scores,
-        samples.log_ratios(),
-        mask,
-        kl_coefficient=config.kl_coefficient,
-        ended=samples.ended,
-        missing_end_penalty=config.missing_end_penalty,
-    )
+    scores = samples.end_scores(missing_end_penalty=config.missing_end_penalty)
+    rewards = token_rewards(scores, samples.log_ratios(), mask, kl_coefficient=config.kl_coefficient)
     if samples.segment_rewards is not None:
         rewards = rewards + samples.segment_rewards
     found = gae(rewards, samples.values, mask, discount=config.discount, decay=config.gae_decay)

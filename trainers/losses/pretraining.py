@@ -1,8 +1,8 @@
-"""Pretraining: maximum likelihood of every token (Huang et al. 2025, eq. 1), over several roles' demonstrations.
+"""Pretraining: maximum likelihood of every token (Huang et al. 2025, eq. 1), over documents or roles' demonstrations.
 
-L = -sum_i log P(x_i | x_<i) per document, divided by the global token count for training; both are reported. Where the
-documents are demonstrations of roles, the data's `loss_mask` leaves a role's **own** tokens alone as targets: solutions
-inside a critic's prompt must not teach the learner.
+L = -sum_i log P(x_i | x_<i) per document, divided by the global token count for training; both are reported. In the
+loop every token but a document's first is a target, the prompt's too. Where the documents are demonstrations of roles,
+as in the bootstrap, a role's **own** tokens alone are: solutions inside a critic's prompt must not teach the learner.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from cluster import config as settings
 from trainers.losses import LossOutput, TokenBatch
 
 batch = TokenBatch
+reads_prompts = True
 uses_reference = False
 
 

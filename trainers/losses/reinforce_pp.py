@@ -35,7 +35,8 @@ def advantages(samples: Samples, config: Config) -> Estimates:
 
     live = samples.scored()
     mask = samples.mask & live[:, None]
-    scores = group_centred(samples.scores, samples.groups) if config.baseline else samples.scores
+    scores = samples.end_scores(missing_end_penalty=config.missing_end_penalty)
+    scores = group_centred(scores, samples.groups) if config.baseline else scores
     rewards = token_rewards(scores, samples.log_ratios(), mask, kl_coefficient=config.kl_coefficient)
     return Estimates(advantages=whiten(returns_to_go(rewards, mask), mask), live=live)
 

@@ -35,7 +35,8 @@ def advantages(samples: Samples, config: Config) -> Estimates:
     from trainers.advantages import leave_one_out
 
     live = samples.scored()
-    penalised = samples.scores - config.kl_coefficient * samples.log_ratios().sum(dim=1)
+    scores = samples.end_scores(missing_end_penalty=config.missing_end_penalty)
+    penalised = scores - config.kl_coefficient * samples.log_ratios().sum(dim=1)
     found = leave_one_out(torch.where(live, penalised, torch.nan), samples.groups)
     return Estimates(advantages=torch.where(samples.mask, found[:, None], 0.0), live=live)
 

@@ -55,6 +55,7 @@ from trainers.losses import (
     LossOutput,
     PairBatch,
     ScoreBatch,
+    SmoothedLoss,
     TokenBatch,
     TwoPassLoss,
     UnpairedBatch,
@@ -388,6 +389,7 @@ class DeepSpeedRank:
                 temperature=update.temperature,
                 scored=update.loss.batch is ScoreBatch,
                 labelled=isinstance(update.rows, LabelRows),
+                means=isinstance(update.loss, SmoothedLoss) and update.loss.reads_means(update.loss_config),
             )
             batch = self._batch(update, micro.rows, forward, totals)
             if isinstance(batch, LabelBatch):
@@ -442,7 +444,7 @@ class DeepSpeedRank:
         if isinstance(rows, SampleRows):
             return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, values=forward.values)
         if isinstance(rows, TokenRows):
-            return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals)
+            return rows.batch(micro, logprobs=logprobs, mask=mask, totals=totals, mean_logprobs=forward.mean_logprobs)
         if isinstance(rows, LabelRows):
             token_ids = forward.padded.token_ids.to(self._device)
             return rows.batch(micro, logits=logprobs, token_ids=token_ids, mask=mask, totals=totals)

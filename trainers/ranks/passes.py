@@ -16,7 +16,7 @@ from torch import Tensor
 from trainers.batches import MicroBatch, Padded, Rows, SampleRows, TokenRows, TrainingPlan
 from trainers.batches import micro_batches as cut_into_micro_batches
 from trainers.label_rows import LabelRows, target_logits
-from trainers.logprobs import sequence_logprobs, token_logprobs
+from trainers.logprobs import mean_logprobs, sequence_logprobs, token_logprobs
 from trainers.ranks import packed_rows, shared_prompts
 from trainers.ranks.collectives import on_all
 from trainers.ranks.first_weights import FirstWeights
@@ -36,6 +36,16 @@ class Forward(NamedTuple):
     padded: Padded
     values: Tensor | None
     """[S, T]; None without a value head, and where no loss asks for one."""
+    mean_logprobs: Tensor | None = None
+    """[S, T]: log-probs averaged over the vocabulary; None unless they are asked for."""
+
+
+class _Tokens(NamedTuple):
+    """What the model says of token ids, each [R, W] as they are."""
+
+    logprobs: Tensor
+    values: Tensor | None
+    means: Tensor | None
 
 
 class Passes:
@@ -70,9 +80,18 @@ class Passes:
                 yield micro.rows, self.forward(padded, temperature=temperature, scored=scored, labelled=labelled)
 
     def forward(
-        self, padded: Padded, *, temperature: float = 1.0, scored: bool = False, labelled: bool = False
+        self,
+        padded: Padded,
+        *,
+        temperature: float = 1.0,
+        scored: bool = False,
+        labelled: bool = False,
+        means: bool = False,
     ) -> Forward:
-        """Return what the model says of padded rows: log-probs, scores of whole sequences, or logits at targets."""
+        """Return what the model says of padded rows: log-probs, scores of whole sequences, or logits at targets.
+
+        With `means` also the log-probs averaged over the vocabulary, of documents alone.
+        """
         token_ids, mask = padded.token_ids.to(self._model.device), padded.mask.to(self._model.device)
         if labelled:
             logits = target_logits(self._computing, token_ids, mask)
@@ -84,13 +103,13 @@ class Passes:
             found = self._model.first.cache.find(padded, digest=self._model.first.digest, temperature=temperature)
             if found is not None:
                 return Forward(logprobs=found.to(self._model.device), mask=mask, padded=padded, values=None)
-        forward = self._computed(token_ids, mask, padded, temperature=temperature)
+        forward = self._computed(token_ids, mask, padded, temperature=temperature, means=means)
         if self._by_first:
             first = self._model.first
             first.cache.keep(padded, forward.logprobs, digest=first.digest, temperature=temperature)
         return forward
 
-    def _computed(self, token_ids: Tensor, mask: Tensor, padded: Padded, *, temperature: float) -> Forward:
+    def _computed(self, token_ids: Tensor, mask: Tensor, padded: Padded, *, temperature: float, means: bool) -> Forward:
         if self._model.config.shared_prompts and padded.is_pairs:
             pairs = shared_prompts.joined(padded)
             logprobs = shared_prompts.logprobs(
@@ -100,20 +119,23 @@ class Passes:
         if self._model.config.packing:
             packed = packed_rows.packed(padded)
             ids, positions = (part.to(self._model.device) for part in (packed.token_ids, packed.positions))
-            by_place, values = self._token_logprobs(ids, temperature, position_ids=positions)
+            found = self._tokens(ids, temperature, means=means, position_ids=positions)
             return Forward(
-                logprobs=packed.back(by_place, mask),
+                logprobs=packed.back(found.logprobs, mask),
                 mask=mask,
                 padded=packed.counted(padded),
-                values=None if values is None else packed.back(values, mask),
+                values=None if found.values is None else packed.back(found.values, mask),
+                mean_logprobs=None if found.means is None else packed.back(found.means, mask),
             )
         if len(padded.passes) == 1:
-            logprobs, values = self._token_logprobs(token_ids, temperature)
-            return Forward(logprobs=logprobs, mask=mask, padded=padded, values=values)
+            found = self._tokens(token_ids, temperature, means=means)
+            return Forward(
+                logprobs=found.logprobs, mask=mask, padded=padded, values=found.values, mean_logprobs=found.means
+            )
         width = token_ids.shape[1]
         parts = [
             torch.nn.functional.pad(
-                self._token_logprobs(token_ids[sequences, :length], temperature)[0], (0, width - length)
+                self._tokens(token_ids[sequences, :length], temperature).logprobs, (0, width - length)
             )
             for sequences, length in padded.passes
         ]
@@ -121,15 +143,16 @@ class Passes:
         # Only pairs and groups are computed in two passes, and they have no values.
         return Forward(logprobs=torch.cat(parts)[back], mask=mask, padded=padded, values=None)
 
-    def _token_logprobs(
-        self, token_ids: Tensor, temperature: float, **positions: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, token_ids: Tensor, temperature: float, *, means: bool = False, **positions: Tensor) -> _Tokens:
         """Return [S, T] log-probs, and values where the policy has a value head; `position_ids` of packed rows."""
-        if not self._model.config.value_head:
-            logits = self._computing(input_ids=token_ids, use_cache=False, **positions).logits
-            return token_logprobs(logits, token_ids, temperature=temperature), None
-        found = self._computing(input_ids=token_ids, use_cache=False, output_hidden_states=True, **positions)
-        return token_logprobs(found.logits, token_ids, temperature=temperature), aligned_values(found["token_values"])
+        head = {"output_hidden_states": True} if self._model.config.value_head else {}
+        found = self._computing(input_ids=token_ids, use_cache=False, **head, **positions)
+        logprobs = token_logprobs(found.logits, token_ids, temperature=temperature)
+        return _Tokens(
+            logprobs=logprobs,
+            values=aligned_values(found["token_values"]) if head else None,
+            means=mean_logprobs(found.logits, token_ids, logprobs, temperature=temperature) if means else None,
+        )
 
     def distributions(self, rows: TokenRows, temperature: float) -> Iterator[Tensor]:
         """Yield, for each of this rank's micro-batches, the log-probs of all tokens wherever one is a target."""
