@@ -42,7 +42,8 @@ from cluster.durable_files import write_json_atomic
 from trainers.summary import GainSummary, read_metrics, read_summary
 
 RUNS = ROOT / "runs" / "algorithms"
-PAIR_RATES, SAMPLE_RATES, TOKEN_RATES = ("3e-5", "1e-4", "3e-4"), ("1e-5", "3e-5", "1e-4"), ("3e-5", "1e-4", "3e-4")
+PAIR_RATES = TOKEN_RATES = ("1e-5", "3e-5", "1e-4", "3e-4")
+SAMPLE_RATES = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4")
 FIGURES = ROOT / "benchmarks" / "algorithms.json"
 """What has been measured: `choice`, the probe accuracy after each iteration by algorithm, rate and seed; `confirm` and
 `report`, the outcomes."""
