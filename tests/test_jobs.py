@@ -766,9 +766,12 @@ from pathlib import Path
 from cluster.lease import Lease
 lease = Lease(Path(sys.argv[1]) / "LEASE")
 lease.claim(at_least=0)
+# As a run has it: a background shell's children inherit SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("held", flush=True)
 try:
     time.sleep(60)
+    sys.exit(3)
 except KeyboardInterrupt:
     pass
 """
