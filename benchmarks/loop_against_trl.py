@@ -50,7 +50,7 @@ LOOPS: Mapping[str, Sequence[str]] = {
     "grpo": ("loss.kind=grpo", f"learner.training.learning_rate={RATE}"),
     "default": (),
 }
-"""The loops that are measured, by name: what their command lines say. TRL has the first one's queries."""
+"""The loops that are measured, by name: what their command lines say. TRL has the queries of grpo's."""
 
 
 def ours(name: str, seed: int) -> Path:
@@ -92,16 +92,16 @@ def main() -> int:
     ratios: dict[str, list[float]] = {name: [] for name in LOOPS}
     details: dict[str, float] = {}
     for seed in said.seeds:
-        found: dict[str, list[float]] | None = None
+        runs: dict[str, Path] = {}
         for name in LOOPS:
             details[f"load_before_{name}_{seed}"] = os.getloadavg()[0]
-            run = ours(name, seed)
-            if found is None:
-                details[f"load_before_trl_{seed}"] = os.getloadavg()[0]
-                found = theirs(run, said.until)
-                details[f"trl_s_{seed}"] = found["seconds"][-1]
-                details[f"trl_probe_{seed}"] = found["probe"][-1]
-                details[f"trl_rounds_{seed}"] = len(found["seconds"])
+            runs[name] = ours(name, seed)
+        details[f"load_before_trl_{seed}"] = os.getloadavg()[0]
+        found = theirs(runs["grpo"], said.until)
+        details[f"trl_s_{seed}"] = found["seconds"][-1]
+        details[f"trl_probe_{seed}"] = found["probe"][-1]
+        details[f"trl_rounds_{seed}"] = len(found["seconds"])
+        for name, run in runs.items():
             rows = read_metrics(run)
             mine = seconds_to(rows, said.until)
             if mine is None:

@@ -327,7 +327,7 @@ class TokenRows:
         return TokenBatch(
             logprobs=logprobs,
             mask=mask,
-            weights=_column(self.weights, rows, like=logprobs),
+            weights=column(self.weights, rows, like=logprobs),
             global_tokens=totals.tokens,
             global_rows=totals.weight,
             flagged=None if flagged is None else flagged.to(logprobs.device),
@@ -434,11 +434,11 @@ class PairRows:
             policy_rejected=policy_rejected,
             reference_chosen=reference[:, 0],
             reference_rejected=reference[:, 1],
-            chosen_lengths=_column(self.chosen_lengths, rows, like=logprobs),
-            rejected_lengths=_column(self.rejected_lengths, rows, like=logprobs),
-            weights=_column(self.weights * self.correction, rows, like=logprobs),
-            noise=None if self.noise is None else _column(self.noise, rows, like=logprobs),
-            margins=_column(self.margins if self.other_margins is None else self.other_margins, rows, like=logprobs),
+            chosen_lengths=column(self.chosen_lengths, rows, like=logprobs),
+            rejected_lengths=column(self.rejected_lengths, rows, like=logprobs),
+            weights=column(self.weights * self.correction, rows, like=logprobs),
+            noise=None if self.noise is None else column(self.noise, rows, like=logprobs),
+            margins=column(self.margins if self.other_margins is None else self.other_margins, rows, like=logprobs),
             global_weight=totals.weight,
             global_chosen_tokens=totals.tokens,
         )
@@ -452,11 +452,47 @@ class PairRows:
         return ScoreBatch(
             chosen=chosen,
             rejected=rejected,
-            margins=_column(self.margins, rows, like=scores),
-            targets=None if self.noise is None else 1.0 - _column(self.noise, rows, like=scores),
-            weights=_column(self.weights * self.correction, rows, like=scores),
+            margins=column(self.margins, rows, like=scores),
+            targets=None if self.noise is None else 1.0 - column(self.noise, rows, like=scores),
+            weights=column(self.weights * self.correction, rows, like=scores),
             global_weight=totals.weight,
         )
+
+
+class DocumentRows(Protocol):
+    """Rows that are a document each and know something besides: laid out and padded as their documents are."""
+
+    @property
+    def documents(self) -> TokenRows:
+        """Return the documents, one for each row."""
+        ...
+
+    @property
+    def lengths(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.documents.lengths
+
+    @property
+    def num_tokens(self) -> Ids:
+        """Return the tokens of each row."""
+        return self.documents.num_tokens
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Return 1."""
+        return self.documents.sequences_per_row
+
+    def totals(self, rows: Sequence[int]) -> Totals:
+        """Return the denominators of a step."""
+        return self.documents.totals(rows)
+
+    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
+        """Return 1: the layout has put like lengths together."""
+        return self.documents.num_passes(micros)
+
+    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
+        """Return [B, T] token ids and targets; without rows a dummy that has no target."""
+        return self.documents.pad(rows, num_passes=num_passes)
 
 
 class Signals(NamedTuple):
@@ -470,7 +506,7 @@ class Signals(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRows:
+class SampleRows(DocumentRows):
     """Responses that were sampled and scored: documents, and what becomes of their scores."""
 
     documents: TokenRows
@@ -492,36 +528,9 @@ class SampleRows:
     """None until `with_signals`."""
 
     @property
-    def lengths(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.lengths
-
-    @property
-    def sequences_per_row(self) -> int:
-        """Return 1."""
-        return self.documents.sequences_per_row
-
-    @property
-    def num_tokens(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.num_tokens
-
-    @property
     def shape(self) -> tuple[int, int]:
         """Return the number of rows and of tokens of the longest."""
         return len(self.lengths), int(self.lengths.max(initial=1))
-
-    def totals(self, rows: Sequence[int]) -> Totals:
-        """Return the denominators of a step."""
-        return self.documents.totals(rows)
-
-    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
-        """Return 1: the layout has put like lengths together."""
-        return self.documents.num_passes(micros)
-
-    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
-        """Return [B, T] token ids and targets; without rows a dummy that has no target."""
-        return self.documents.pad(rows, num_passes=num_passes)
 
     def samples(self, old_logprobs: Tensor, *, values: Tensor | None = None) -> Samples:
         """Return all rows as a method makes advantages of them.
@@ -861,7 +870,7 @@ def _best_cut(lengths: Ids) -> tuple[int, int]:
     return int(cuts[best]), int(saved[best])
 
 
-def _column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> Tensor:
+def column(values: npt.NDArray[Any], rows: Sequence[int], *, like: Tensor) -> Tensor:
     """Return [B] (or [B, M]) values of some rows; for a dummy (no row) a single 0."""
     picked = values[list(rows)] if rows else np.zeros((1, *values.shape[1:]))
     return torch.from_numpy(np.asarray(picked, dtype=np.float64)).to(device=like.device, dtype=like.dtype)

@@ -69,7 +69,7 @@ from trainers.importance import ImportanceConfig
 from trainers.journal import Journal
 from trainers.loop_config import LoopConfig
 from trainers.loop_state import LoopState, Rollouts, StageClock, WallClock
-from trainers.losses import kto
+from trainers.losses import AdvisingLoss, load_loss
 from trainers.progress import Progress, StopSignal
 from trainers.summary import FeedbackMetrics, IterationMetrics, append_metrics, rewind_metrics
 from trainers.training_config import ReferenceWeights
@@ -212,7 +212,7 @@ class Driver:
             refining=roles.refining,
         )
         self._tokens_before: dict[str, int] = {}
-        self._told_sides = False
+        self._advised = False
         self._last_row = 0.0
         commit = store.last_commit()
         self.state = (
@@ -427,7 +427,7 @@ class Driver:
                 )
         self._tell_stop(prepared.iteration, report)
         self._watch_gap(prepared.iteration, report)
-        self._watch_sides(prepared.iteration, report)
+        self._watch_settings(prepared.iteration, report)
         return report
 
     def _tell_stop(self, iteration: int, report: UpdateReport) -> None:
@@ -464,17 +464,14 @@ class Driver:
                 f"{gap:.3f} nats per token at equal weights, wanted at most {most:g}: compare dtypes and sampling"
             )
 
-    def _watch_sides(self, iteration: int, report: UpdateReport) -> None:
-        """Say it, once in a sitting, when good and bad answers are weighed otherwise than is advised (L-KTO)."""
-        ratio, (least, most) = report.means.get("side_ratio"), kto.BEST_RATIO
-        # The figure is a mean of fp32 shares.
-        if self._told_sides or ratio is None or least - 1e-3 <= ratio <= most + 1e-3:
+    def _watch_settings(self, iteration: int, report: UpdateReport) -> None:
+        """Say, once in a sitting, what the loss finds wrong with its settings."""
+        loss = load_loss(self._config.batch.loss)
+        if self._advised or not isinstance(loss, AdvisingLoss):
             return
-        self._told_sides = True
-        self._progress.note(
-            f"warning: in iteration {iteration} the good answers weigh {ratio:.2f} times as much as the bad, wanted "
-            f"{least:g} to {most:.2f}: leave out loss.desirable_weight or loss.undesirable_weight to balance them"
-        )
+        if (advice := loss.advice(report.means)) is not None:
+            self._advised = True
+            self._progress.note(f"warning: in iteration {iteration} {advice}")
 
     async def _publish(self, iteration: int, clock: StageClock, *, drawn: Preference | None = None) -> SyncReport:
         """Give the learner's weights to every rollout replica; each proves by its log-probs that it holds them."""

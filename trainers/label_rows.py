@@ -16,42 +16,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainers.batches import Ids, Padded, Rows, TokenRows, Totals, token_rows
+from trainers.batches import DocumentRows, Rows, TokenRows, Totals, token_rows
 from trainers.losses import LabelBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelRows:
+class LabelRows(DocumentRows):
     """Documents whose targets are labels, each an item of its own."""
 
     documents: TokenRows
-
-    @property
-    def lengths(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.lengths
-
-    @property
-    def num_tokens(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.num_tokens
-
-    @property
-    def sequences_per_row(self) -> int:
-        """Return 1."""
-        return self.documents.sequences_per_row
-
-    def totals(self, rows: Sequence[int]) -> Totals:
-        """Return the denominators of a step."""
-        return self.documents.totals(rows)
-
-    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
-        """Return 1: the layout has put like lengths together."""
-        return self.documents.num_passes(micros)
-
-    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
-        """Return [S, T] token ids and targets; without rows a dummy that has no target."""
-        return self.documents.pad(rows, num_passes=num_passes)
 
     def batch(
         self, rows: Sequence[int], *, logits: Tensor, token_ids: Tensor, mask: Tensor, totals: Totals

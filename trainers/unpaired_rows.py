@@ -16,13 +16,24 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainers.batches import Floats, Ids, Padded, TokenRows, Totals, ages_of, refuse_rows, sampling_gaps, token_rows
+from trainers.batches import (
+    DocumentRows,
+    Floats,
+    Ids,
+    TokenRows,
+    Totals,
+    ages_of,
+    column,
+    refuse_rows,
+    sampling_gaps,
+    token_rows,
+)
 from trainers.logprobs import sequence_logprobs
 from trainers.losses import UnpairedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnpairedRows:
+class UnpairedRows(DocumentRows):
     """Responses with a thumb each."""
 
     documents: TokenRows
@@ -35,21 +46,6 @@ class UnpairedRows:
     row has any."""
     correction: Floats
     """(rows,) factors of the loss (trainers.importance); the denominators of a step know nothing of them."""
-
-    @property
-    def lengths(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.lengths
-
-    @property
-    def num_tokens(self) -> Ids:
-        """Return the tokens of each row."""
-        return self.documents.num_tokens
-
-    @property
-    def sequences_per_row(self) -> int:
-        """Return 1."""
-        return self.documents.sequences_per_row
 
     @property
     def num_responses(self) -> int:
@@ -70,18 +66,6 @@ class UnpairedRows:
     def num_undesirable(self) -> float:
         """Return how many rows are bad, as the sum of their weights."""
         return float(self.documents.weights[~self.desirable].sum())
-
-    def totals(self, rows: Sequence[int]) -> Totals:
-        """Return the denominators of a step."""
-        return self.documents.totals(rows)
-
-    def num_passes(self, micros: Sequence[tuple[int, ...]]) -> int:
-        """Return 1: the layout has put like lengths together."""
-        return self.documents.num_passes(micros)
-
-    def pad(self, rows: Sequence[int], *, num_passes: int = 1) -> Padded:
-        """Return [B, T] token ids and targets; without rows a dummy that has no target."""
-        return self.documents.pad(rows, num_passes=num_passes)
 
     def by_row(self, rows: Sequence[int], values: Tensor) -> Tensor:
         """Return [B, 1] of [B] values of the sequences of some rows."""
@@ -105,17 +89,12 @@ class UnpairedRows:
     ) -> UnpairedBatch:
         """Return what an unpaired loss takes, from the policy's [B, T] log-probs and the reference's [B, 1] sums."""
 
-        def column(values: npt.NDArray[Any]) -> Tensor:
-            """Return [B] of what each row of the table has; a single 0 for a dummy."""
-            picked = np.asarray(values, dtype=np.float64)[list(rows)] if rows else np.zeros(1)
-            return torch.from_numpy(picked).to(device=logprobs.device, dtype=logprobs.dtype)
-
         return UnpairedBatch(
             policy=sequence_logprobs(logprobs, mask),
             reference=reference[:, 0],
-            desirable=column(self.desirable) > 0,
-            lengths=column(self.documents.num_targets),
-            weights=column(self.documents.weights * self.correction),
+            desirable=column(self.desirable, rows, like=logprobs) > 0,
+            lengths=column(self.documents.num_targets, rows, like=logprobs),
+            weights=column(self.documents.weights * self.correction, rows, like=logprobs),
             global_weight=totals.weight,
             num_desirable=self.num_desirable,
             num_undesirable=self.num_undesirable,

@@ -403,6 +403,15 @@ class SpanLoss(Loss, Protocol):
 
 
 @runtime_checkable
+class AdvisingLoss(Loss, Protocol):
+    """A loss whose figures show when it is set otherwise than is advised."""
+
+    def advice(self, means: dict[str, float]) -> str | None:
+        """Return what the figures of an update (means over its steps) tell; None: nothing."""
+        ...
+
+
+@runtime_checkable
 class SmoothedLoss(Loss, Protocol):
     """A loss that may look at every token that could have stood where a target does: `TokenBatch.mean_logprobs`."""
 

@@ -99,3 +99,15 @@ def loss(batch: UnpairedBatch, config: Config) -> LossOutput:
         ratio = good * num_good / (bad * num_bad)
         metrics["side_ratio"] = batch.mean(torch.full_like(logratios, ratio))
     return LossOutput(value, {name: metric.detach() for name, metric in metrics.items()})
+
+
+def advice(means: dict[str, float]) -> str | None:
+    """Return what an update's figures tell whoever set the weights of the two sides; None: they are as is advised."""
+    ratio, (least, most) = means.get("side_ratio"), BEST_RATIO
+    # The figure is a mean of fp32 shares.
+    if ratio is None or least - 1e-3 <= ratio <= most + 1e-3:
+        return None
+    return (
+        f"the good answers weigh {ratio:.2f} times as much as the bad, wanted {least:g} to {most:.2f}: leave out "
+        "loss.desirable_weight or loss.undesirable_weight to balance them"
+    )
