@@ -3,7 +3,7 @@
 The demo's model and its lengths of pairs; of a step's pairs on one rank a forward pass, the log-probs of all responses,
 and a backward pass:
 
-    padded   as the ranks compute them: [2B, T], in one or two passes (trainers.batches)
+    padded   as the ranks compute them: [2B, T], in one or two passes (trainers.rows.pairs)
     packed   behind one another in rows as long as the longest (trainers.ranks.packed_rows)
     shared   of each pair prompt + chosen + rejected in one row; the rejected sees the prompt, not the chosen
 
@@ -28,10 +28,12 @@ from torch import Tensor
 from actors.chat import load_tokenizer
 from benchmarks.training_step import DEMO_LENGTHS, made_up_pairs
 from trainers.base_model import BaseModelConfig, write_base_model
-from trainers.batches import Padded, PairRows, TrainingPlan, micro_batches, pair_rows
+from trainers.batches import TrainingPlan, micro_batches
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.ranks import packed_rows
 from trainers.ranks.shared_prompts import joined, logprobs
+from trainers.rows import Padded
+from trainers.rows.pairs import PairRows, pair_rows
 
 LENGTHS: Mapping[str, Sequence[tuple[int, int]]] = {
     "the demo's lengths": DEMO_LENGTHS,

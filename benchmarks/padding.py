@@ -26,8 +26,11 @@ from benchmarks.figure import Figure
 from cluster.store import read_stage
 from tests.fake_roles import FakeCritic, Settings, Weights, fake_run, write_blank_run
 from trainers.base_model import END, BaseModelConfig, write_base_model
-from trainers.batches import Rows, TrainingPlan, micro_batches, pair_rows, token_rows
+from trainers.batches import TrainingPlan, micro_batches
 from trainers.bootstrap import demonstration_mix
+from trainers.rows import Rows
+from trainers.rows.documents import token_rows
+from trainers.rows.pairs import pair_rows
 from trainers.run_config import RunConfig
 from trainers.training_config import TrainingConfig
 

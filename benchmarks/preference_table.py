@@ -2,7 +2,7 @@
 
 Each side is put by the driver and fetched by a worker process, where it is then what it was: a table, or a list of
 records. The driver holds both forms beforehand, for the journal needs the table in any case. Two harder comparisons are
-details of the figure: both sides read on into the rows that a training rank pads (`trainers.batches.PairRows`), and the
+details of the figure: both sides read on into the rows that a training rank pads (`trainers.rows.pairs`), and the
 table's making counted to its side.
 """
 
@@ -20,7 +20,7 @@ import ray
 
 from actors.records import Message, PreferencePair, lineage_id, to_table
 from benchmarks.figure import Figure, in_turns
-from trainers.batches import PairRows, pair_rows
+from trainers.rows.pairs import PairRows, pair_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,9 @@ from actors.chat import load_tokenizer
 from benchmarks.figure import Figure, in_turns
 from benchmarks.plain_process import PlainProcess, worker_niceness
 from trainers.base_model import BaseModelConfig, write_base_model
-from trainers.batches import PairRows, TrainingPlan, micro_batches, pair_rows
+from trainers.batches import TrainingPlan, micro_batches
 from trainers.losses.dpo import Config as DpoConfig
+from trainers.rows.pairs import PairRows, pair_rows
 from trainers.run_config import RunConfig
 from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup
 

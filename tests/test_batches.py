@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.training_step import made_up_pairs
-from trainers.batches import TrainingPlan, lay_out, micro_batches, pair_rows, sequence_rows, token_rows
+from trainers.batches import TrainingPlan, lay_out, micro_batches
+from trainers.rows.documents import sequence_rows, token_rows
+from trainers.rows.pairs import pair_rows
 
 THREE = [([7, 8, 9], [20, 21], [30, 31]), ([10, 11], [22, 23], [34]), ([12], [26, 2], [35])]
 """Pairs: prompt, chosen, rejected."""
@@ -283,7 +285,7 @@ def test_slices_of_a_table_are_read_as_what_they_show() -> None:
     ("table", "message"),
     [
         (pair_table([([1], [2], [3]), ([1], [], [3])]), "row 1 has an empty chosen"),
-        (pair_table([([1], [2], [3])], weight=[-1.0]), "a weight that is not a finite number >= 0"),
+        (pair_table([([1], [2], [3])], weight=[-1.0]), "a weight of -1.0, wanted a finite number >= 0"),
         (pair_table([([1], [2], [3])]).drop(["rejected_token_ids"]), "no column 'rejected_token_ids'"),
     ],
 )

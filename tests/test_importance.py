@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pair_tables import pair_table
-from trainers.batches import pair_rows
 from trainers.importance import ImportanceConfig, correction
 from trainers.ranks.update_start import Reference, corrected
+from trainers.rows.pairs import pair_rows
 
 LOG_RATIOS = np.array([0.0, math.log(2.0), math.log(5.0), -1.0, 0.0])
 STALE = np.array([True, True, True, True, False])

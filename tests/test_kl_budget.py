@@ -10,11 +10,14 @@ import ray
 import torch
 from torch import Tensor
 
-from trainers.batches import TrainingPlan, pair_rows, sample_rows, token_rows
+from trainers.batches import TrainingPlan
 from trainers.kl import KlBudget
 from trainers.losses import dpo, load_loss
 from trainers.ranks.deepspeed_worker import DeepSpeedRank, TableRef, _Update
 from trainers.ranks.kl_probe import KlProbe, KlReached, distributions, divergence, exceeded, probe_rows
+from trainers.rows.documents import token_rows
+from trainers.rows.pairs import pair_rows
+from trainers.rows.samples import sample_rows
 
 P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
 PAIRS = pa.table(

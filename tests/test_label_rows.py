@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.batches import micro_batches, sample_rows, token_rows
-from trainers.label_rows import LabelRows, item_places, label_rows, predictors, target_logits
+from trainers.batches import micro_batches
 from trainers.losses import LabelBatch, LossOutput, TwoPassLoss, load_loss
 from trainers.ranks.update_start import rows_for
+from trainers.rows.documents import token_rows
+from trainers.rows.labels import LabelRows, item_places, label_rows, predictors, target_logits
+from trainers.rows.samples import sample_rows
 from trainers.training_group import TrainingPlan
 
 VOCABULARY = 17

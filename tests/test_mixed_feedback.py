@@ -23,7 +23,7 @@ from cluster.store import read_stage
 from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
 from tests.refused_settings import problems_of
 from tests.small_records import make_judged, make_query, make_verdict
-from trainers.batches import TrainingPlan, pair_rows
+from trainers.batches import TrainingPlan
 from trainers.driver import Stopped
 from trainers.feedback.mixed_feedback import (
     ErrorRates,
@@ -44,6 +44,7 @@ from trainers.feedback.training_data import of_pairs
 from trainers.losses import PairBatch, cdpo, dpo, rdpo
 from trainers.progress import StopSignal
 from trainers.ranks.update_start import each_row_once
+from trainers.rows.pairs import pair_rows
 from trainers.run_config import load_run_config
 from trainers.summary import read_metrics
 

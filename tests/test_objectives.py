@@ -23,7 +23,6 @@ from tests.fake_roles import RUN, Settings, fake_run, write_blank_run
 from tests.pair_tables import pair_table
 from tests.refused_settings import problems_of
 from tests.small_records import make_critique, make_judged, make_verdict
-from trainers.batches import pair_rows, sample_rows
 from trainers.feedback.objectives import (
     Moments,
     ObjectivesConfig,
@@ -37,6 +36,8 @@ from trainers.feedback.objectives import (
     with_margins,
 )
 from trainers.feedback.training_data import of_samples
+from trainers.rows.pairs import pair_rows
+from trainers.rows.samples import sample_rows
 from trainers.run_config import load_run_config, read_resolved
 
 FRONT = {"a": (1.0, 0.0), "b": (0.4, 0.4), "c": (0.0, 1.0)}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.test_shared_prompts import WINDOWS, many, tiny
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
-from trainers.batches import Padded, pair_rows
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.ranks.packed_rows import check, first_fit, packed
+from trainers.rows import Padded
+from trainers.rows.pairs import pair_rows
 from trainers.training_config import TrainingConfig
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny_models import write_llama
-from trainers.batches import token_rows
 from trainers.ranks.passes import Passes
+from trainers.rows.documents import token_rows
 from trainers.training_config import TrainingConfig
 
 DOCUMENTS = pa.table(

@@ -14,9 +14,13 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.training_step import DEMO_LENGTHS
-from trainers.batches import Rows, TrainingPlan, micro_batches, pair_rows, sample_rows, token_rows
-from trainers.group_rows import group_rows
-from trainers.label_rows import label_rows
+from trainers.batches import TrainingPlan, micro_batches
+from trainers.rows import Rows
+from trainers.rows.documents import token_rows
+from trainers.rows.groups import group_rows
+from trainers.rows.labels import label_rows
+from trainers.rows.pairs import pair_rows
+from trainers.rows.samples import sample_rows
 
 NUM_ROWS = 320
 DEMO = (DEMO_LENGTHS[0], (DEMO_LENGTHS[2][0], DEMO_LENGTHS[1][1]))

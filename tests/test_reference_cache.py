@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.tiny_models import write_llama
-from trainers.batches import Padded, pair_rows
 from trainers.kl import KlControl
 from trainers.losses import dpo, grpo
 from trainers.ranks.reference_cache import ReferenceCache, weights_digest
 from trainers.ranks.update_start import at_price, next_price
+from trainers.rows import Padded
+from trainers.rows.pairs import pair_rows
 
 
 def pairs(*, prompt: list[int]) -> Padded:

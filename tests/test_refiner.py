@@ -61,7 +61,6 @@ from tests.fake_roles import (
 from tests.pair_tables import pair_table
 from tests.refused_settings import problems_of
 from tests.small_records import make_critique, make_query, make_response
-from trainers.batches import pair_rows
 from trainers.driver import Stopped
 from trainers.feedback.mixed_feedback import MixConfig, error_rates, pair_noise
 from trainers.feedback.preferences import PreferenceConfig
@@ -71,6 +70,7 @@ from trainers.loop_state import STAGES
 from trainers.plan import cached_base_model
 from trainers.progress import StopSignal
 from trainers.ranks.update_start import Reference, corrected
+from trainers.rows.pairs import pair_rows
 from trainers.run_config import load_run_config
 from trainers.summary import IterationMetrics, read_metrics
 

@@ -25,7 +25,7 @@ from cluster.machine import Gpu
 from tests.machines import TWO_CORES
 from tests.small_records import make_judged, make_verdict
 from tests.tiny_models import write_llama
-from trainers.batches import TrainingPlan, pair_rows, sample_rows
+from trainers.batches import TrainingPlan
 from trainers.feedback.preferences import PreferenceConfig, build_pairs
 from trainers.feedback.reward_config import RewardConfig, reward_problems
 from trainers.feedback.reward_model import (
@@ -45,6 +45,8 @@ from trainers.plan import plan_run
 from trainers.ranks.model_source import ModelSource, load_model, longest_sequence, max_positions
 from trainers.ranks.sequence_scores import last_targets, sequence_scores
 from trainers.ranks.value_head import add_value_head
+from trainers.rows.pairs import pair_rows
+from trainers.rows.samples import sample_rows
 from trainers.run_config import load_run_config
 
 RUN = "run"

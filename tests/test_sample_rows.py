@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from trainers.batches import SampleRows, sample_rows
 from trainers.losses import TokenBatch, grpo, load_loss, ppo, relc, rloo
 from trainers.policy_gradient import PolicyLoss
 from trainers.ranks.update_start import each_row_once, estimated
+from trainers.rows.samples import SampleRows, sample_rows
 from trainers.training_group import TrainingPlan
 
 

@@ -15,9 +15,9 @@ import torch
 from benchmarks import packing
 from tests.fake_roles import step_report
 from tests.tiny_models import write_gpt2, write_llama, write_qwen2
-from trainers.batches import pair_rows
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.ranks.shared_prompts import check, joined, logprobs
+from trainers.rows.pairs import pair_rows
 from trainers.training_group import UpdateReport
 
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ from actors.oversight import Judged
 from actors.records import Issue, Verdict
 from cluster.config import plugin_names
 from tests.small_records import make_judged, make_verdict
-from trainers.batches import pair_rows, sample_rows, token_rows
 from trainers.feedback.preferences import PreferenceConfig, build_pairs
 from trainers.feedback.segments import SegmentSettings
 from trainers.feedback.training_data import (
@@ -30,9 +29,12 @@ from trainers.feedback.training_data import (
     reads_prompts,
     reads_spans,
 )
-from trainers.group_rows import group_rows
 from trainers.losses import load_loss, pretraining, relc
-from trainers.unpaired_rows import unpaired_rows
+from trainers.rows.documents import token_rows
+from trainers.rows.groups import group_rows
+from trainers.rows.pairs import pair_rows
+from trainers.rows.samples import sample_rows
+from trainers.rows.unpaired import unpaired_rows
 
 ANSWERS = ((0.9, "a"), (0.9, "a"), (0.1, "b"), (None, "c"))
 FRESH: dict[str, Any] = {"version": 0, "max_age": 0, "spans": None}

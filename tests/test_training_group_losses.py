@@ -18,10 +18,10 @@ from tests.one_loop import Loop
 from tests.tiny_models import write_llama
 from trainers.logprobs import token_logprobs
 from trainers.losses import PairBatch, gce, kto, load_loss, span_noise, token_noise
+from trainers.rows.unpaired import partners
 from trainers.run_config import load_run_config
 from trainers.training_config import ReferenceWeights
 from trainers.training_group import ModelSource, TrainingConfig, TrainingGroup, TrainingPlan, UpdateReport
-from trainers.unpaired_rows import partners
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 

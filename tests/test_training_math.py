@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.tiny_models import write_llama
-from trainers.batches import PairRows, lay_out, pair_rows
+from trainers.batches import lay_out
 from trainers.logprobs import sequence_logprobs, token_logprobs
 from trainers.losses import dpo
 from trainers.ranks.model_source import ModelSource, load_model
+from trainers.rows.pairs import PairRows, pair_rows
 from trainers.training_config import TrainingConfig, learning_rate
 
 PAIRS = {

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from trainers.importance import ImportanceConfig
 from trainers.losses import kto
 from trainers.ranks.update_start import Reference, corrected, rows_for
-from trainers.unpaired_rows import UnpairedRows, partners, unpaired_rows
+from trainers.rows.unpaired import UnpairedRows, partners, unpaired_rows
 
 THUMBS: dict[str, Any] = {
     "prompt_token_ids": [[7, 8, 9], [10, 11], [7, 8, 9], [12]],
@@ -246,7 +246,7 @@ def test_gaps_are_sums_over_the_response_tokens_alone() -> None:
         ({"prompt_token_ids": [[1], [2], [], [3]]}, "row 2 has an empty prompt"),
         ({"response_token_ids": [[1], [2], [3], []]}, "row 3 has no token to learn from"),
         ({"age": [0, 0, -1, 0]}, "row 2 has an age below 0"),
-        ({"weight": [1.0, -1.0, 1.0, 1.0]}, "row 1 has a weight that is not a finite number"),
+        ({"weight": [1.0, -1.0, 1.0, 1.0]}, "row 1 has a weight of -1.0, wanted a finite number >= 0"),
         (
             {"response_logprobs": [[-1.0, -1.0], [-1.0], [-1.0], [-1.0, -1.0]]},
             "row 2 has response_logprobs: wanted one",

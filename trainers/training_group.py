@@ -296,8 +296,8 @@ class TrainingGroup:
 
         Args:
             table: `PreferencePair` rows for a loss of pairs or scores; `prompt_token_ids` and `response_token_ids` for
-                a token loss; scored responses for a policy-gradient loss (`trainers.batches.sample_rows`); groups of
-                them for a loss of groups (`trainers.group_rows`); for a loss of labels what a token loss takes.
+                a token loss; scored responses for a policy-gradient loss (`trainers.rows.samples`); groups of
+                them for a loss of groups (`trainers.rows.groups`); for a loss of labels what a token loss takes.
             loss: a file of trainers/losses.
             loss_config: that loss's settings.
             plan: which rows make which step.

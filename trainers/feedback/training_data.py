@@ -16,7 +16,7 @@ What gives no row is dropped and counted (SCIENCE §3), by reason: `stale` and `
 `rejected` and `duplicate`; of unpaired responses `duplicate`, and bad ones that are cut at a flaw with which a good one
 begins (`flaw_in_passing`); of groups `duplicate` responses, and queries that are left with one response (`lone`) or
 whose scores are all equal, where that teaches nothing (`equal_scores`). Knows no DeepSpeed and no torch: a rank makes
-tensors of the table (trainers.batches, group_rows, label_rows, unpaired_rows).
+tensors of the table (trainers.rows).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def of_samples(
 def of_groups(
     judged: Sequence[Judged], verdicts: Sequence[Verdict], *, version: int, max_age: int, equals: bool
 ) -> TrainingData:
-    """Return each query with its judged responses, as `trainers.group_rows` reads them.
+    """Return each query with its judged responses, as `trainers.rows.groups` reads them.
 
     Responses that differ in white space alone are one. Its reward is the mean score of their verdicts, of experts'
     alone where there are any; its tokens are those of the first.

@@ -2,7 +2,7 @@
 
 Desirable: lambda_D * (1 - sigmoid(beta * (h - z0))); undesirable: lambda_U * (1 - sigmoid(beta * (z0 - h))), where h =
 log pi - log ref. The reference point z0, an estimate of KL(pi, ref), is max(0, mean h) over **mismatched** pairs: each
-prompt with the response to another one, by a cyclic shift within the step (`trainers.unpaired_rows.partners`). It is
+prompt with the response to another one, by a cyclic shift within the step (`trainers.rows.unpaired.partners`). It is
 one number for the whole step and carries no gradient. So a step needs two prompts or more, and a first pass over the
 mismatched (see TwoPassLoss); where no row can be mismatched z0 is 0.
 """

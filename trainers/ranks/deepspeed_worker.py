@@ -6,7 +6,7 @@
                   └─► Checkpoints  saved, checked, resized            checkpoints.py
 
 DeepSpeed itself is imported by trainers/ranks/deepspeed_engine.py alone. Knows nothing of who calls it
-(trainers/training_group.py) or of what the rows mean (trainers/batches.py).
+(trainers/training_group.py) or of what the rows mean (trainers/rows/).
 
 Every method that computes is a collective: all ranks must be called alike.
 """
@@ -34,20 +34,9 @@ from cluster.config import Config
 from cluster.durable_files import FileDigest
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightManifest
-from trainers.batches import (
-    Padded,
-    PairRows,
-    Rows,
-    SampleRows,
-    TokenRows,
-    Totals,
-    TrainingPlan,
-    sample_rows,
-    sequence_rows,
-)
+from trainers.batches import TrainingPlan
 from trainers.importance import ImportanceConfig
 from trainers.kl import KlBudget
-from trainers.label_rows import LabelRows, item_places
 from trainers.losses import (
     GroupBatch,
     LabelBatch,
@@ -84,8 +73,13 @@ from trainers.ranks.update_start import (
     temperature_of,
 )
 from trainers.ranks.weights_out import WeightsOut
+from trainers.rows import Padded, Rows, Totals
+from trainers.rows.documents import TokenRows, sequence_rows
+from trainers.rows.labels import LabelRows, item_places
+from trainers.rows.pairs import PairRows
+from trainers.rows.samples import SampleRows, sample_rows
+from trainers.rows.unpaired import UnpairedRows
 from trainers.training_config import ReferenceWeights, TrainingConfig, learning_rate
-from trainers.unpaired_rows import UnpairedRows
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainers.batches import Rows, TokenRows, TrainingPlan
+from trainers.batches import TrainingPlan
 from trainers.kl import KlBudget
+from trainers.rows import Rows
+from trainers.rows.documents import TokenRows
 
 
 class KlReached(NamedTuple):

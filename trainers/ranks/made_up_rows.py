@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.batches import Padded
 from trainers.logprobs import token_logprobs
+from trainers.rows import Padded
 
 MAX_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats by which a token's log-prob may differ between two ways: rounding; positions or masks that are not heeded give

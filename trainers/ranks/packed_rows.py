@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.batches import Padded, Pass
 from trainers.logprobs import token_logprobs
 from trainers.ranks.made_up_rows import refuse_gap
+from trainers.rows import Padded, Pass
 
 BY_POSITIONS = frozenset({"full_attention", "sliding_attention"})
 """What a config's `layer_types` calls layers in which positions tell the sequences of a row apart. The chunks of

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers.batches import MicroBatch, Padded, Rows, SampleRows, TokenRows, TrainingPlan
+from trainers.batches import MicroBatch, TrainingPlan
 from trainers.batches import micro_batches as cut_into_micro_batches
-from trainers.label_rows import LabelRows, target_logits
 from trainers.logprobs import mean_logprobs, sequence_logprobs, token_logprobs
 from trainers.ranks import packed_rows, shared_prompts
 from trainers.ranks.collectives import on_all
@@ -25,6 +24,10 @@ from trainers.ranks.rank_model import RankModel
 from trainers.ranks.sequence_scores import sequence_scores
 from trainers.ranks.update_start import ComparedRows, Reference, each_row_once
 from trainers.ranks.value_head import aligned_values
+from trainers.rows import Padded, Rows
+from trainers.rows.documents import TokenRows
+from trainers.rows.labels import LabelRows, target_logits
+from trainers.rows.samples import SampleRows
 
 
 class Forward(NamedTuple):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.batches import Rows
 from trainers.ranks import packed_rows, shared_prompts
 from trainers.ranks.adapters import adapter_in
 from trainers.ranks.collectives import on_all
@@ -21,6 +20,7 @@ from trainers.ranks.model_source import ModelSource, load_model, max_positions
 from trainers.ranks.random_states import seed_all
 from trainers.ranks.reference_cache import weights_digest
 from trainers.ranks.value_head import add_value_head
+from trainers.rows import Rows
 from trainers.training_config import TrainingConfig
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cluster.durable_files import digest_file
-from trainers.batches import Padded
+from trainers.rows import Padded
 
 MAX_VALUES = 1 << 24
 """Log-probs kept, 64 MiB; the oldest sequences go first."""

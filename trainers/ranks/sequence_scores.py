@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.batches import Padded
+from trainers.rows import Padded
 from trainers.training_config import TrainingConfig
 
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.batches import Padded, Pass
 from trainers.logprobs import token_logprobs
 from trainers.ranks.made_up_rows import refuse_gap
+from trainers.rows import Padded, Pass
 
 Model = Callable[..., Any]
 """What gives logits, as a Hugging Face model does."""

@@ -17,14 +17,19 @@ from torch import Tensor
 
 from cluster.config import Config
 from trainers.advantages import informative
-from trainers.batches import Floats, Ids, PairRows, Rows, SampleRows, TrainingPlan, pair_rows, token_rows
-from trainers.group_rows import GroupRows, group_rows
+from trainers.batches import TrainingPlan
 from trainers.importance import ImportanceConfig, correction
 from trainers.kl import controlled
-from trainers.label_rows import label_rows
 from trainers.losses import GroupBatch, LabelBatch, Loss, PairBatch, ScoreBatch, TokenBatch, UnpairedBatch
 from trainers.policy_gradient import PolicyConfig, PolicyLoss, kl_price
-from trainers.unpaired_rows import UnpairedRows, unpaired_rows
+from trainers.rows import Rows
+from trainers.rows.columns import Floats, Ids
+from trainers.rows.documents import token_rows
+from trainers.rows.groups import GroupRows, group_rows
+from trainers.rows.labels import label_rows
+from trainers.rows.pairs import PairRows, pair_rows
+from trainers.rows.samples import SampleRows
+from trainers.rows.unpaired import UnpairedRows, unpaired_rows
 
 ComparedRows: TypeAlias = PairRows | GroupRows | UnpairedRows
 """Rows whose responses are compared with a reference, each as a whole: of pairs two, chosen and rejected, of groups up

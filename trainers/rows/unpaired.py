@@ -16,20 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainers.batches import (
-    DocumentRows,
-    Floats,
-    Ids,
-    TokenRows,
-    Totals,
-    ages_of,
-    column,
-    refuse_rows,
-    sampling_gaps,
-    token_rows,
-)
 from trainers.logprobs import sequence_logprobs
 from trainers.losses import UnpairedBatch
+from trainers.rows import Totals
+from trainers.rows.columns import Floats, Ids, ages_of, refuse_rows
+from trainers.rows.documents import DocumentRows, TokenRows, token_rows
+from trainers.rows.padding import column, sampling_gaps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

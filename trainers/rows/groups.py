@@ -15,9 +15,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainers.batches import Floats, Ids, Padded, TokenRows, Totals, passes_worth, sampling_gaps, token_rows
 from trainers.logprobs import sequence_logprobs
 from trainers.losses import GroupBatch
+from trainers.rows import Padded, Totals
+from trainers.rows.columns import Floats, Ids, ages_of, read_numbers
+from trainers.rows.documents import TokenRows, token_rows
+from trainers.rows.padding import passes_worth, sampling_gaps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +154,8 @@ def group_rows(table: pa.Table) -> GroupRows:
     for name in wanted:
         if name not in table.column_names:
             raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
-    prompts, responses, rewards = (_lists(table, name) for name in wanted)
-    sampled = _lists(table, "responses_logprobs") if _known(table, "responses_logprobs") else None
+    prompts, responses, rewards = (_nested(table, name) for name in wanted)
+    sampled = _nested(table, "responses_logprobs") if _known(table, "responses_logprobs") else None
     for row, (prompt, group, scores) in enumerate(zip(prompts, responses, rewards, strict=True)):
         _refuse(not prompt, row, "an empty prompt; drop the group before training")
         _refuse(not group or not all(group), row, "no response, or an empty one; drop it before training")
@@ -167,13 +170,12 @@ def group_rows(table: pa.Table) -> GroupRows:
     spread = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
     flat = [response for group in responses for response in group]
     documents = {"prompt_token_ids": pa.array(spread, ids), "response_token_ids": pa.array(flat, ids)}
-    weights, ages = _numbers(table, "weight", default=1.0), _numbers(table, "age", default=0.0)
     return GroupRows(
         documents=token_rows(pa.table(documents)),
         sizes=sizes,
         rewards=np.array([score for scores in rewards for score in scores], dtype=np.float64),
-        weights=weights,
-        ages=ages.astype(np.int64),
+        weights=read_numbers(table, "weight", default=1.0),
+        ages=ages_of(table),
         rollout_logprobs=None
         if sampled is None
         else tuple(tuple(np.array(values, dtype=np.float64) for values in group) for group in sampled),
@@ -181,7 +183,7 @@ def group_rows(table: pa.Table) -> GroupRows:
     )
 
 
-def _lists(table: pa.Table, name: str) -> list[Any]:
+def _nested(table: pa.Table, name: str) -> list[Any]:
     column: Any = table.column(name)
     if column.null_count:
         raise ValueError(f"table: column {name!r} holds nulls, wanted lists")
@@ -191,16 +193,6 @@ def _lists(table: pa.Table, name: str) -> list[Any]:
 
 def _known(table: pa.Table, name: str) -> bool:
     return name in table.column_names and not table.column(name).null_count
-
-
-def _numbers(table: pa.Table, name: str, *, default: float) -> Floats:
-    """Return a column of finite numbers >= 0; the default where the table lacks it."""
-    if name not in table.column_names:
-        return np.full(table.num_rows, default)
-    values = np.asarray(table.column(name).to_numpy(), dtype=np.float64)
-    for row in np.flatnonzero(~(np.isfinite(values) & (values >= 0.0))):
-        _refuse(True, int(row), f"a {name} of {values[row]}, wanted a finite number >= 0")
-    return values
 
 
 def _refuse(bad: bool, row: int, what: str) -> None:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trainers.batches import DocumentRows, Rows, TokenRows, Totals, token_rows
 from trainers.losses import LabelBatch
+from trainers.rows import Rows, Totals
+from trainers.rows.documents import DocumentRows, TokenRows, token_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class LabelRows(DocumentRows):
 
 
 def label_rows(table: pa.Table) -> LabelRows:
-    """Return a table's documents, as `trainers.batches.token_rows` reads them.
+    """Return a table's documents, as `documents.token_rows` reads them.
 
     Raises:
         ValueError: as there.
