@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
@@ -74,9 +74,9 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"report: got {run_dir}, wanted the directory of a run; `elenchus run CONFIG` makes one")
     summary, rows = read_summary(run_dir), read_metrics(run_dir)
     journal = read_journal(run_dir, material=material_of_rows(rows))
-    oversight, budget = _oversight(run_dir)
+    config = _config(run_dir)
     samples = pick_samples(journal)
-    sections = _sections(rows, journal, budget=budget)
+    sections = _sections(rows, journal, budget=config.budget)
     scripts = {"plotly_js": get_plotlyjs(), "report_js": (_HERE / "report.js").read_text(encoding="utf-8")}
     figures = {
         # Through JSON: plotly's own objects hold NumPy arrays.
@@ -92,11 +92,13 @@ def write_report(run_dir: Path) -> Path:
             run=summary.run if summary else run_dir.resolve().name,
             summary=summary,
             rows=rows,
-            oversight=oversight,
-            story=report_story.story(summary, rows, journal, oversight=oversight),
+            oversight=config.oversight,
+            story=report_story.story(
+                summary, rows, journal, oversight=config.oversight, num_iterations=config.num_iterations
+            ),
             hero=_dumbbell(summary.sealed_accuracy) if summary else None,
             changes=report_story.changes(summary, journal),
-            facts=report_story.facts(summary, rows, journal, budget=budget),
+            facts=report_story.facts(summary, rows, journal, budget=config.budget),
             sections=sections,
             figures=htmlsafe_json_dumps(figures, separators=(",", ":")),
             samples=samples.data,
@@ -147,11 +149,22 @@ def _policy(scripts: Iterable[str]) -> str:
     )
 
 
-def _oversight(run_dir: Path) -> tuple[str | None, float | None]:
-    """Return which oversight the run's config names, and the experts' budget; None where nothing is written down."""
+class _Config(NamedTuple):
+    """What the run's config says of what the page tells; None where nothing is written down."""
+
+    oversight: str | None
+    """The kind of oversight."""
+    budget: float | None
+    """The experts' budget."""
+    num_iterations: int | None
+    """Iterations that the run was to have."""
+
+
+def _config(run_dir: Path) -> _Config:
     path = run_dir / "resolved.json"
-    config = json.loads(path.read_bytes()).get("oversight") or {} if path.exists() else {}
-    return config.get("kind"), config.get("budget")
+    config = json.loads(path.read_bytes()) if path.exists() else {}
+    oversight, loop = config.get("oversight") or {}, config.get("loop") or {}
+    return _Config(oversight.get("kind"), oversight.get("budget"), loop.get("iterations"))
 
 
 def _sections(rows: Sequence[IterationMetrics], journal: Journal, *, budget: float | None) -> list[_Section]:

@@ -59,14 +59,28 @@ class Fact:
 
 
 def story(
-    summary: Summary | None, rows: Sequence[IterationMetrics], journal: Journal, *, oversight: str | None
+    summary: Summary | None,
+    rows: Sequence[IterationMetrics],
+    journal: Journal,
+    *,
+    oversight: str | None,
+    num_iterations: int | None = None,
 ) -> list[str]:
-    """Return what happened, by paragraph; `oversight` is the kind that the config names, None when unknown."""
+    """Return what happened, by paragraph.
+
+    Args:
+        summary: None while the run is not finished.
+        rows: what its iterations measured.
+        journal: its records.
+        oversight: the kind that its config names; None when unknown.
+        num_iterations: how many it was to have; None when unknown.
+    """
     if summary is not None:
         said = [
             _gain_sentence(summary, num_iterations=len(rows)),
             _attack_sentence(summary),
             _transfer_sentence(summary, journal),
+            *_end_sentence(rows, num_iterations=num_iterations),
         ]
     elif rows:
         first, last = rows[0], rows[-1]
@@ -188,6 +202,17 @@ def _budget_sentence(rows: Sequence[IterationMetrics]) -> list[str]:
     return [
         f"Stopped by KL budget: {count(len(cut), 'update')} ended early (iteration {numbers}), with "
         f"{count(left_out, 'optimizer step')} left out."
+    ]
+
+
+def _end_sentence(rows: Sequence[IterationMetrics], *, num_iterations: int | None) -> list[str]:
+    """Return that its KL budget ended a finished run before its last iteration; [] where it did not."""
+    distance = rows[-1].training.get("kl_from_run_start") if rows else None
+    if distance is None or num_iterations is None or rows[-1].iteration >= num_iterations:
+        return []
+    return [
+        f"The run's KL budget ended it after {len(rows)} of {num_iterations} iterations, {distance:.1f} nats per "
+        "answer from its first weights."
     ]
 
 

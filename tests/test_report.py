@@ -146,6 +146,24 @@ def test_updates_that_a_kl_budget_ended_are_named(tmp_path: Path) -> None:
     assert "budget:" not in story(summary, ROWS, journal, oversight=None)[1]
 
 
+def test_a_run_that_its_kl_budget_ended_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(row.model_dump_json() + "\n" for row in [*ROWS[:-1], far(ROWS[-1])]))
+    said = (
+        f"The run's KL budget ended it after {len(ROWS)} of 9 iterations, 12.3 nats per answer from its first weights."
+    )
+    for num_iterations, is_said in ((9, True), (len(ROWS), False)):
+        (tmp_path / "resolved.json").write_text(json.dumps({"loop": {"iterations": num_iterations}}))
+        assert (said in _Page(write_report(tmp_path).read_text()).text) == is_said
+    assert "KL budget" not in " ".join(story(None, ROWS, read_journal(tmp_path), oversight=None, num_iterations=9))
+
+
+def far(row: IterationMetrics) -> IterationMetrics:
+    """Return a row whose learner is 12.34 nats from the run's start."""
+    return row.model_copy(update={"training": {"kl_from_run_start": 12.34}})
+
+
 def test_a_control_says_that_it_is_one(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "resolved.json").write_text('{"oversight": {"kind": "shuffled", "budget": 0.05}}')
