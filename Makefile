@@ -1,9 +1,10 @@
 # What a fresh Linux machine needs: make, Python 3.11 or later, a C++ compiler.
-#   make demo [SEED=1] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
+#   make demo [SEED=0] [NAME=demo]   the whole loop on this machine       make test        everything but the slow tests
 #   make setup                       the environment alone                make test-slow   the slow ones
-#   make experiments [SEEDS="31 32"] the loop and its controls, hours     make bench       what the parts cost, minutes
-#   make lint                        ruff and mypy                        make test-parity our losses against TRL's
-#   make against-trl                 how fast TRL trains the same pairs   make help        this
+#   make experiments [SEEDS="51 52"] the loop and its controls, hours     make test-parity our losses against TRL's
+#   make algorithms                  the ways to learn compared, hours    make against-trl DPO and the loop against TRL's
+#   make lint                        ruff and mypy                        make bench       what the parts cost, minutes
+#   make clean                       all but runs/ as cloned              make help        this
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -49,7 +50,7 @@ against-trl: parity-environment
 	@$(RUN) -m benchmarks.against_trl
 	@$(RUN) -m benchmarks.loop_against_trl
 
-SEEDS ?= 31 32 33 34 35
+SEEDS ?= 51 52 53 54 55
 experiments: setup
 	@$(RUN) -m benchmarks.experiments --seeds $(SEEDS)
 

@@ -10,6 +10,7 @@
     elenchus doctor                    what is wrong with this machine, and the command that mends it
     elenchus sql NAME "select …"       query what a run has recorded
     elenchus scale critic 4 --run NAME replicas for a role, while the run goes on
+    elenchus serve NAME                the newest committed learner behind an endpoint; promote, rollback, key
     elenchus submit CONFIG.toml --address URL  the run as a job of a Ray cluster
     elenchus watch NAME                how a run stands, and what holds it up; status says it once
     elenchus logs NAME                 what a run has logged

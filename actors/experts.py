@@ -2,7 +2,7 @@
 
 Knows nothing of how items are chosen or of what labels are used for.
 
-    driver ── ask ──► queue.sqlite3 ◄── answer ── review page, simulated expert
+    driver ── ask ──► queue.sqlite3 ◄── answer ── a person's program, the simulated expert
     driver ◄── labels_since(watermark) ──┘
 """
 

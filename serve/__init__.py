@@ -1,1 +1,1 @@
-"""Who faces outward: the report and, later, the endpoint and the review page."""
+"""Who faces outward: the console, the report, jobs on a cluster, the endpoint that serves the learner."""
