@@ -84,6 +84,18 @@ def test_a_loss_takes_temperature_and_length_from_the_sampling_unless_it_is_told
     assert dpo.loss_as_sampled == dpo.loss
 
 
+@pytest.mark.parametrize(
+    ("kind", "refused"), [("dpo", True), ("kto", True), ("pro", True), ("gce", False), ("weak_to_strong", False)]
+)
+def test_older_samples_want_temperature_1_where_log_probs_correct_for_their_age(kind: str, refused: bool) -> None:
+    flags = [("loop.max_policy_age", "1"), ("rollouts.sampling.temperature", "0.7"), ("loss.kind", kind)]
+    if not refused:
+        assert load_run_config([], flags=flags).loop.max_policy_age == 1
+        return
+    with pytest.raises(ConfigError, match=r"rollouts\.sampling\.temperature: got 0\.7 with loop\.max_policy_age = 1"):
+        load_run_config([], flags=flags)
+
+
 def test_log_ratios_per_token_have_a_beta_of_their_own_and_one_that_is_set_is_kept(tmp_path: Path) -> None:
     per_token = written(tmp_path, '[loss]\nkind = "dpo"\nlength_norm = true\n')
     config = load_run_config([per_token])

@@ -71,6 +71,15 @@ def test_a_wrong_name_is_answered_with_those_that_exist(package: str, key: str) 
     assert all(name in str(caught.value) for name in names)
 
 
+def test_a_second_look_at_a_step_is_refused_where_no_batch_can_carry_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = importlib.import_module("trainers.losses.dpo")
+    monkeypatch.setattr(dpo, "first_pass", lambda batch, config: torch.zeros(1, 1), raising=False)
+    with pytest.raises(
+        ValueError, match='got "dpo", whose first_pass looks at a step of PairBatch, wanted one of docu'
+    ):
+        load_loss("dpo")
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_plugin_is_found_by_its_file_alone(package: str) -> None:
     files = {path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py")} - {"__init__"}

@@ -54,7 +54,7 @@ from trainers.feedback.preferences import PreferenceConfig
 from trainers.feedback.reward_config import LOSS as REWARD_LOSS
 from trainers.feedback.reward_config import RewardConfig, reward_problems
 from trainers.feedback.selection import SelectionConfig
-from trainers.feedback.training_data import material_of
+from trainers.feedback.training_data import CORRECTED, material_of
 from trainers.gpu_turns import PlacementConfig, Tenant, colocation_problems
 from trainers.loop_config import LoopConfig
 from trainers.losses import forward_correction, grpo, load_loss, modpo
@@ -449,8 +449,8 @@ def tenants(config: RunConfig) -> dict[str, Tenant]:
 
 def _ages(config: RunConfig) -> Iterator[str]:
     """Yield where samples of older weights are to be corrected for by log-probs that can't be compared."""
-    if isinstance(config.loss, PolicyConfig):
-        return  # it takes log-probs at the sampling's temperature, and corrects by settings of its own
+    if material_of(config.loss.kind) not in CORRECTED:
+        return  # accepted answers are not corrected; samples are at the sampling's temperature, by the loss's settings
     temperature = config.rollouts.sampling.temperature
     if config.loop.max_policy_age and config.loop.importance.kind != "none" and temperature != 1.0:
         yield (

@@ -65,6 +65,10 @@ class TrainingData:
     """What gave no row, by reason."""
 
 
+CORRECTED: frozenset[Material] = frozenset({"pairs", "judged", "groups"})
+"""What a rank corrects for its age by `loop.importance`; of samples the policy-gradient losses see to it themselves."""
+
+
 def material_of(loss: str) -> Material | None:
     """Return what a loss trains a policy on; None where it takes what the loop does not make.
 

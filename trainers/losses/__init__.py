@@ -431,11 +431,18 @@ def load_loss(name: str) -> Loss:
     """Return the loss called `name`: the file of this package with that name.
 
     Raises:
-        ValueError: there is no such file; names those that exist, and the nearest.
+        ValueError: there is no such file (names those that exist, and the nearest), or it looks twice at a step of what
+            can't carry a step's figures.
     """
     names = plugin_names(__name__)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f'loss.kind: got "{name}", wanted one of {", ".join(names)}{hint}')
-    return cast(Loss, load_plugin(__name__, name, where="loss.kind"))
+    loss = cast(Loss, load_plugin(__name__, name, where="loss.kind"))
+    if isinstance(loss, TwoPassLoss) and not hasattr(loss.batch, "step_figures"):
+        raise ValueError(
+            f'loss.kind: got "{name}", whose first_pass looks at a step of {loss.batch.__name__}, wanted one of '
+            "documents, thumbs or labels: no other batch carries step_figures"
+        )
+    return loss
