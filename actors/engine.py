@@ -35,7 +35,7 @@ from actors.records import Message
 from cluster.log import quiet_libraries, start_log
 from cluster.node_labels import label_selector
 from cluster.placement import SHARED_GPU, SharedPlaces, Slot, inside, place_replica
-from cluster.pool import EngineStats, Replica, ReplicaInfo
+from cluster.replica import EngineStats, Replica, ReplicaInfo
 from cluster.weight_transfer import Backend
 from cluster.weights import WeightAnswer, WeightManifest, iter_tensors
 

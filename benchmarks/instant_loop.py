@@ -27,7 +27,8 @@ from actors.oversight import make_oversight
 from actors.rollout import Rollout
 from actors.rubrics import StepMarks
 from cluster.config import Config
-from cluster.pool import EngineStats, Pool, Replica, ReplicaInfo
+from cluster.pool import Pool
+from cluster.replica import EngineStats, Replica, ReplicaInfo
 from cluster.store import RunStore
 from cluster.weights import WeightAnswer, WeightManifest
 from tests.fake_pool import spoken
@@ -196,7 +197,7 @@ def instant_pool(
 
 
 class InstantReplica:
-    """A replica as `cluster.pool` wants it, without an engine; a Ray actor."""
+    """A replica as `cluster.replica` wants it, without an engine; a Ray actor."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@
               outstanding work)
 
 Knows requests and results by their ids alone, and neither engines nor what is generated. One asyncio loop calls
-everything; replicas are Ray actors with the methods of `ReplicaActor`.
+everything; replicas are Ray actors with the methods that `cluster.replica.Replica` names.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup
 
-from cluster.placement import PlacementTimeout, release
-from cluster.pool_errors import PoolExhausted, PoolFailed
+from cluster.placement import PlacementTimeout
+from cluster.pool_errors import PoolExhausted, PoolFailed, first_line, last_lines
 from cluster.ray_runtime import worker_stderr
+from cluster.replica import EngineStats, Replica, ReplicaInfo, added, end, end_late, kill, local_process, processes_of
 from cluster.weights import ParityFailed, WeightAnswer, Weights, parity
 
 logger = logging.getLogger(__name__)
@@ -69,41 +69,6 @@ class Result(Protocol):
 Req = TypeVar("Req", bound=Request)
 Res = TypeVar("Res", bound=Result)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaInfo:
-    """Where a replica lives."""
-
-    replica_id: int
-    node_id: str
-    pid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What a replica has done since it started."""
-
-    num_generated_tokens: int
-    num_prompt_tokens: int
-    busy_s: float
-    num_running: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    """What `start_replica` gives: an actor whose constructor may still be running, and the group that it lives in.
-
-    The actor has these async methods:
-    `ready() -> ReplicaInfo`, once it can serve;
-    `generate(requests)`, an async generator of lists of results, in the order in which they finish;
-    `apply_weights(manifest, probe_token_ids) -> WeightAnswer`;
-    `sleep()` and `wake()`, where replicas share GPUs in turn;
-    `stats() -> EngineStats`; `check()`, a canary that touches what `generate` needs.
-    """
-
-    actor: Any
-    placement_group: PlacementGroup | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -457,7 +422,7 @@ class Pool(Generic[Req, Res]):
         dying = [process for _, process in self._dying]
         _, alive = await asyncio.to_thread(psutil.wait_procs, dying, timeout=KILL_GRACE_S)
         for process in alive:
-            _kill(process)
+            kill(process)
         self._dying = []
 
     # ------------------------------------------------------------------------------------------------------ weights
@@ -766,7 +731,7 @@ class Pool(Generic[Req, Res]):
             if member.state is _State.GONE:
                 return
             info: ReplicaInfo = await _within(self._ready_timeout_s, member.actor.ready.remote())
-            member.process = _local_process(info)
+            member.process = local_process(info)
             while member.weights is not self.current:
                 weights = self.current
                 if weights is None:
@@ -807,7 +772,7 @@ class Pool(Generic[Req, Res]):
 
     def _start_failed(self, member: _Member[Req, Res], error: Exception, *, blameless: bool) -> None:
         """Count a start that failed and plan the next; `blameless`: for weights that have been withdrawn since."""
-        reason = f"did not come up: {_last_lines(error)}" if str(error) else "did not come up in time"
+        reason = f"did not come up: {last_lines(error)}" if str(error) else "did not come up in time"
         self._lose(member, reason=reason)
         if blameless and self._was_ready:
             return
@@ -855,15 +820,15 @@ class Pool(Generic[Req, Res]):
         member.state = _State.GONE
         self._members.pop(member.replica_id, None)
         if member.stats is not None:
-            self._retired = _added(self._retired, member.stats)
+            self._retired = added(self._retired, member.stats)
         # Whoever waits for its permission to answer finds its call closed.
         member.may_answer.set()
         if member.replica is not None:
             ends_by = time.monotonic() + KILL_GRACE_S
-            self._dying += [(ends_by, process) for process in _tree(member.process)]
-            _end(member.replica)
+            self._dying += [(ends_by, process) for process in processes_of(member.process)]
+            end(member.replica)
         elif member.starting is not None:
-            member.starting.add_done_callback(_end_late)
+            member.starting.add_done_callback(end_late)
         self._notify()
 
     def _reap(self) -> None:
@@ -872,7 +837,7 @@ class Pool(Generic[Req, Res]):
         overdue = [process for ends_by, process in self._dying if now > ends_by]
         self._dying = [(ends_by, process) for ends_by, process in self._dying if now <= ends_by]
         for process in overdue:
-            _kill(process)
+            kill(process)
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -960,66 +925,3 @@ def _checked_count(name: str, num_replicas: int) -> int:
     if num_replicas < 1:
         raise ValueError(f"pool {name}: num_replicas: got {num_replicas}, wanted at least 1")
     return num_replicas
-
-
-def _added(a: EngineStats, b: EngineStats) -> EngineStats:
-    return EngineStats(
-        num_generated_tokens=a.num_generated_tokens + b.num_generated_tokens,
-        num_prompt_tokens=a.num_prompt_tokens + b.num_prompt_tokens,
-        busy_s=a.busy_s + b.busy_s,
-        num_running=0,
-    )
-
-
-def _local_process(info: ReplicaInfo) -> psutil.Process | None:
-    """Return a replica's process when it is on this node; psutil notices when its pid is another process's by now."""
-    if info.node_id != ray.get_runtime_context().get_node_id():
-        return None
-    try:
-        return psutil.Process(info.pid)
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _end(replica: Replica) -> None:
-    if not ray.is_initialized():
-        return
-    ray.kill(replica.actor)
-    if replica.placement_group is not None:
-        release(replica.placement_group)
-
-
-def _end_late(starting: asyncio.Future[Replica]) -> None:
-    if not starting.cancelled() and starting.exception() is None:
-        _end(starting.result())
-
-
-def _tree(process: psutil.Process | None) -> list[psutil.Process]:
-    """Return a replica's process and the workers that it started itself."""
-    if process is None:
-        return []
-    try:
-        return [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return
-
-
-def first_line(error: Exception) -> str:
-    """Return what happened in one line: of a remote exception its own words, of a death Ray's reason."""
-    cause = getattr(error, "cause", None)
-    shown = cause if isinstance(cause, Exception) else error
-    lines = [line.strip() for line in str(shown).strip().splitlines() if line.strip()]
-    return f"{type(shown).__name__}: {lines[0]}" if lines else type(shown).__name__
-
-
-def _last_lines(error: Exception, *, num_lines: int = 3) -> str:
-    """Return the end of an error's text, where Ray puts the exception of a constructor that failed."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " / ".join(lines[-num_lines:])

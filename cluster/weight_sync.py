@@ -17,7 +17,8 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster import metrics
-from cluster.pool import Pool, first_line
+from cluster.pool import Pool
+from cluster.pool_errors import first_line
 from cluster.weights import ParityProbe, WeightManifest, Weights
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from cluster.pool import EngineStats, Replica, ReplicaInfo
+from cluster.replica import EngineStats, Replica, ReplicaInfo
 from cluster.weights import WeightAnswer, WeightManifest, iter_tensors
 
 
@@ -79,7 +79,7 @@ class Behaviour:
 
 
 class FakeReplica:
-    """The replica protocol of `cluster.pool`, without an engine.
+    """The methods of `cluster.replica`, without an engine.
 
     Its "model" is the sum of its weights: the log-prob of every probe token is -sum.
     """

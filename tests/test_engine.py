@@ -21,8 +21,8 @@ from actors.engine import EngineActor, EngineConfig, start_engine_replica
 from actors.generation import Completion, GenerationRequest
 from actors.records import Message
 from cluster.placement import release
-from cluster.pool import EngineStats, Replica, ReplicaInfo
 from cluster.ray_runtime import mapped_shm, shm_files, worker_stderr
+from cluster.replica import EngineStats, Replica, ReplicaInfo
 from cluster.weights import WeightAnswer, WeightManifest, put_weights
 from tests.test_engine_requests import make_fake_engine
 from tests.tiny_models import char_tokenizer, perturb, write_gpt2, write_llama, write_qwen2

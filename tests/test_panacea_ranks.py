@@ -18,7 +18,8 @@ from actors.engine import EngineConfig, start_engine_replica
 from actors.engine_config import with_adapter
 from actors.generation import Completion, GenerationRequest
 from actors.model_directory import expected_shapes
-from cluster.pool import Pool, Replica
+from cluster.pool import Pool
+from cluster.replica import Replica
 from cluster.weight_sync import sync_weights
 from cluster.weights import ParityProbe
 from tests.adapter_ranks import PROBE, Tensors, adapter, difference, logprobs_of, update

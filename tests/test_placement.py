@@ -27,7 +27,8 @@ from actors.records import Message
 from cluster.config import ConfigError
 from cluster.node_labels import label_selector, selects
 from cluster.placement import PlacementTimeout, SharedPlaces, Slot, inside, nodes_of, place_gang, place_replica, release
-from cluster.pool import Pool, Replica
+from cluster.pool import Pool
+from cluster.replica import Replica
 from cluster.weight_transfer import (
     Ends,
     WeightSyncConfig,

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from cluster.placement import PlacementTimeout
-from cluster.pool import Pool, Replica
+from cluster.pool import Pool
 from cluster.pool_errors import PoolExhausted, PoolFailed
+from cluster.replica import Replica
 from tests.fake_replica import Behaviour, FakeRequest, FakeResult, fake_starter
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -16,7 +16,8 @@ import ray
 
 from actors.engine import EngineConfig, start_engine_replica
 from actors.generation import Completion, GenerationRequest
-from cluster.pool import Pool, Replica
+from cluster.pool import Pool
+from cluster.replica import Replica
 from cluster.weight_sync import SyncFailed, sync_weights
 from cluster.weights import ParityProbe, WeightManifest, put_weights
 from tests.published_learner import BOUND, PublishedLearner, answers, assert_made_by
