@@ -55,14 +55,24 @@ def _positions(starts: Ids, lengths: Ids) -> Ids:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
+def require_columns(table: pa.Table, *names: str) -> None:
+    """Check that a table has all of some columns.
+
+    Raises:
+        ValueError: it lacks one; names the first, and those that there are.
+    """
+    for name in names:
+        if name not in table.column_names:
+            raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
+
+
 def read_lists(table: pa.Table, name: str) -> Lists:
     """Return a column of lists of numbers.
 
     Raises:
         ValueError: there is no such column, or it holds nulls.
     """
-    if name not in table.column_names:
-        raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
+    require_columns(table, name)
     column: Any = table.column(name).combine_chunks()
     if column.null_count or column.flatten().null_count:
         raise ValueError(f"table: column {name!r} holds nulls, wanted lists of numbers")

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainers.logprobs import sequence_logprobs
 from trainers.losses import GroupBatch
 from trainers.rows import Padded, Totals
-from trainers.rows.columns import Floats, Ids, ages_of, read_numbers
+from trainers.rows.columns import Floats, Ids, ages_of, read_numbers, require_columns
 from trainers.rows.documents import TokenRows, token_rows
 from trainers.rows.padding import passes_worth, sampling_gaps
 
@@ -151,9 +151,7 @@ def group_rows(table: pa.Table) -> GroupRows:
             not what they must be.
     """
     wanted = ("prompt_token_ids", "responses_token_ids", "rewards")
-    for name in wanted:
-        if name not in table.column_names:
-            raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
+    require_columns(table, *wanted)
     prompts, responses, rewards = (_nested(table, name) for name in wanted)
     sampled = _nested(table, "responses_logprobs") if _known(table, "responses_logprobs") else None
     for row, (prompt, group, scores) in enumerate(zip(prompts, responses, rewards, strict=True)):

@@ -22,6 +22,7 @@ MICRO_BATCH_COST_TOKENS = 64
 
 
 def pad(token_ids: list[Ids], masks: list[npt.NDArray[np.bool_]], *, num_sequences: int, num_passes: int = 1) -> Padded:
+    """Return sequences and targets padded on the right to the longest; of none a dummy of `num_sequences`."""
     # A dummy has two positions, so that its log-probs hang on the weights and its (zero) gradient reaches all of them.
     shape = (len(token_ids) or num_sequences, max((len(ids) for ids in token_ids), default=2))
     padded, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)

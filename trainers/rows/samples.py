@@ -15,7 +15,7 @@ from torch import Tensor
 from trainers.advantages import Estimates, Samples
 from trainers.losses import TokenBatch
 from trainers.rows import Totals
-from trainers.rows.columns import Floats, Ids, Lists, ages_of, read_lists, refuse_rows, responses_of
+from trainers.rows.columns import Floats, Ids, Lists, ages_of, read_lists, refuse_rows, require_columns, responses_of
 from trainers.rows.documents import DocumentRows, TokenRows, token_rows
 from trainers.rows.padding import aligned
 
@@ -130,12 +130,11 @@ def sample_rows(table: pa.Table) -> SampleRows:
     for name, lists in (("prompt", prompts), ("response", responses)):
         refuse_rows(lists.lengths == 0, table, f"an empty {name}; drop it before training")
     documents = token_rows(table)
-    columns: Any = {name: table.column(name) for name in ("score", "query_id") if name in table.column_names}
-    for name in {"score", "query_id"} - columns.keys():
-        raise ValueError(f"table: no column {name!r}, have {', '.join(table.column_names)}")
-    scores: Floats = columns["score"].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    require_columns(table, "score", "query_id")
+    column: Any = table.column("score")
+    scores: Floats = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
     refuse_rows(np.isinf(scores), table, "an infinite score")
-    _, groups = np.unique(np.array(columns["query_id"].to_pylist(), dtype=np.str_), return_inverse=True)
+    _, groups = np.unique(np.array(table.column("query_id").to_pylist(), dtype=np.str_), return_inverse=True)
     given = {
         name: _response_numbers(table, name, prompts, responses)
         for name in ("response_logprobs", "reference_logprobs", "segment_rewards")

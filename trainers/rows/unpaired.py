@@ -19,7 +19,7 @@ from torch import Tensor
 from trainers.logprobs import sequence_logprobs
 from trainers.losses import UnpairedBatch
 from trainers.rows import Totals
-from trainers.rows.columns import Floats, Ids, ages_of, refuse_rows
+from trainers.rows.columns import Floats, Ids, ages_of, read_lists, refuse_rows, require_columns
 from trainers.rows.documents import DocumentRows, TokenRows, token_rows
 from trainers.rows.padding import column, sampling_gaps
 
@@ -156,20 +156,15 @@ def unpaired_rows(table: pa.Table) -> UnpairedRows:
         ValueError: a column is missing, a prompt or response is empty, a row has no thumb, or log-probs, an age or a
             weight are not what they must be.
     """
-    if "desirable" not in table.column_names:
-        raise ValueError(f"table: no column 'desirable', have {', '.join(table.column_names)}")
+    require_columns(table, "desirable")
     thumbs: Any = table.column("desirable")
     if not pa.types.is_boolean(thumbs.type):
         raise ValueError(f"table: column 'desirable' holds {thumbs.type}, wanted bool: true is thumbs up")
     refuse_rows(thumbs.is_null().to_numpy(), table, "no thumb: desirable is null; drop the row before training")
     wanted = ("row_id", "prompt_token_ids", "response_token_ids", "weight")
     documents = token_rows(table.select([name for name in wanted if name in table.column_names]))
-    prompts: Any = table.column("prompt_token_ids").combine_chunks()
-    refuse_rows(
-        prompts.value_lengths().to_numpy(zero_copy_only=False) == 0,
-        table,
-        "an empty prompt; drop the row before training",
-    )
+    prompts = read_lists(table, "prompt_token_ids")
+    refuse_rows(prompts.lengths == 0, table, "an empty prompt; drop the row before training")
     return UnpairedRows(
         documents=documents,
         desirable=thumbs.to_numpy().astype(np.bool_),
